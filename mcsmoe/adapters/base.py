@@ -1,0 +1,104 @@
+"""What every model family must offer so that the algorithms never meet a model class.
+
+Laws, tested for every adapter: read then write changes no logit; permuting hidden neurons changes no logit; merging
+identical experts changes no logit; token counts sum to valid dispatched tokens times K.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, LayerSpec, LowRankFactors, RoutedBatch, RouterWeights
+
+
+@dataclass
+class Capture:
+    """Filled anew by every forward pass inside ``Adapter.capture``: what each sparse layer routed."""
+
+    batches: dict[LayerId, RoutedBatch] = field(default_factory=dict)
+
+
+class Adapter(ABC):
+    """Reads and writes the experts of one family of models. Stateless: the model is always an argument."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether this adapter treats ``model`` exactly."""
+
+    @abstractmethod
+    def layers(self, model: nn.Module) -> list[LayerId]:
+        """Sparse layers in forward order; the module path is the name in every table."""
+
+    @abstractmethod
+    def num_experts(self, model: nn.Module, layer: LayerId) -> int:
+        """E: the router's outputs, unchanged by merging."""
+
+    @abstractmethod
+    def read_experts(self, model: nn.Module, layer: LayerId) -> ExpertWeights:
+        """Detached copies of the stacked experts (E of them, or G once merged), canonical orientation.
+
+        A compressed layer is returned as its dense equivalent.
+        """
+
+    @abstractmethod
+    def expert_to_group(self, model: nn.Module, layer: LayerId) -> Tensor:
+        """int64 [E]: the redirect table; arange(E) for a layer that is not merged."""
+
+    @abstractmethod
+    def write_experts(
+        self, model: nn.Module, layer: LayerId, weights: ExpertWeights, expert_to_group: Tensor | None = None
+    ) -> None:
+        """Install ``weights``.
+
+        With ``expert_to_group`` None the layer keeps its structure and only its values change. With a redirect table
+        the layer's experts become a run-time module that holds the G stacked experts once; the router keeps its E
+        outputs, so no routing decision changes.
+
+        Raises:
+            ValueError: shapes that do not fit the layer, or a redirect table that misses an expert; names the layer.
+        """
+
+    @abstractmethod
+    def write_compressed(
+        self,
+        model: nn.Module,
+        layer: LayerId,
+        factors: Mapping[str, LowRankFactors],
+        biases: Mapping[str, Tensor],
+        expert_to_group: Tensor,
+    ) -> None:
+        """Install low-rank plus residual experts, residual dense and trainable; ``modules.pack`` makes it compact."""
+
+    @abstractmethod
+    def install(self, model: nn.Module, layer: LayerId, spec: LayerSpec) -> None:
+        """Replace the layer's experts by the empty run-time module ``spec`` describes, on the layer's device (meta too)."""
+
+    @abstractmethod
+    def read_router(self, model: nn.Module, layer: LayerId) -> RouterWeights:
+        """Detached copy of the router."""
+
+    @abstractmethod
+    def router_parameters(self, model: nn.Module) -> list[str]:
+        """Full parameter names of every router, to freeze them."""
+
+    @abstractmethod
+    def activation(self, model: nn.Module, layer: LayerId) -> ExpertActivation:
+        """From input-projection outputs to the hidden activation, e.g. relu(wi) or silu(gate) * up."""
+
+    @abstractmethod
+    def capture(self, model: nn.Module, detach: bool = True) -> AbstractContextManager[Capture]:
+        """Record what every sparse layer routes during forward passes inside the context.
+
+        The valid-token mask comes from the arguments of the model's own forward (attention_mask for encoder and
+        decoder-only positions; labels, else decoder_attention_mask, for decoder positions). With ``detach`` False the
+        logits keep their graph, so that a load-balancing loss can be taken from them.
+        """

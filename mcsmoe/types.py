@@ -1,0 +1,201 @@
+"""The nouns of the library: layers, expert weights, routed batches, groupings.
+
+Shape legend used in tensor names everywhere: ``T`` tokens, ``E`` experts, ``G`` groups, ``K`` experts per token,
+``D`` model width, ``F`` expert hidden width, ``R`` rank, ``V`` vocabulary (``logits_TE``, ``wi_EFD``).
+
+This module imports torch and nothing else: no model class, no file, no device choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+LayerId = str
+"""Module path of a sparse layer inside its model, e.g. ``encoder.block.1.layer.1.mlp``; the name in every table."""
+
+ExpertActivation = Callable[[Mapping[str, Tensor]], Tensor]
+"""Maps the outputs of the input projections, by tensor name and each [..., F], to the hidden activation [..., F]."""
+
+
+class Role(StrEnum):
+    """What a stacked expert tensor is, and with it its canonical shape."""
+
+    INPUT = "input"  # [E, F, D], a row is a hidden neuron
+    OUTPUT = "output"  # [E, D, F], a column is a hidden neuron
+    INPUT_BIAS = "input_bias"  # [E, F]
+    OUTPUT_BIAS = "output_bias"  # [E, D], not indexed by neurons
+
+
+NEURON_AXIS: dict[Role, int | None] = {Role.INPUT: 1, Role.OUTPUT: 2, Role.INPUT_BIAS: 1, Role.OUTPUT_BIAS: None}
+"""Axis of a stacked tensor that indexes hidden neurons: permutation symmetry declared as data."""
+
+_NDIM = {Role.INPUT: 3, Role.OUTPUT: 3, Role.INPUT_BIAS: 2, Role.OUTPUT_BIAS: 2}
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The experts of one layer, stacked, in canonical orientation whatever the family stores.
+
+    ``tensors`` maps a name (``wi``, ``wo``; ``gate``, ``up``, ``down``; ``..._bias``) to a tensor whose first axis is the
+    expert (or, once merged, the group) and whose other axes follow from its ``roles`` entry.
+    """
+
+    tensors: dict[str, Tensor]
+    roles: dict[str, Role]
+
+    def __post_init__(self) -> None:
+        if set(self.tensors) != set(self.roles):
+            raise ValueError(f"roles {sorted(self.roles)} do not name the tensors {sorted(self.tensors)}")
+        for name, tensor in self.tensors.items():
+            if tensor.ndim != _NDIM[self.roles[name]]:
+                raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, which is not a {self.roles[name]}")
+            if tensor.shape[0] != self.num_experts:
+                raise ValueError(f"tensor {name!r} stacks {tensor.shape[0]} experts, others {self.num_experts}")
+            axis = NEURON_AXIS[self.roles[name]]
+            if axis is not None and tensor.shape[axis] != self.width:
+                raise ValueError(f"tensor {name!r} has {tensor.shape[axis]} hidden neurons, others {self.width}")
+
+    def _first(self, role: Role) -> Tensor:
+        for name, this in self.roles.items():
+            if this is role:
+                return self.tensors[name]
+        raise ValueError(f"no {role} projection among {sorted(self.tensors)}")
+
+    @property
+    def num_experts(self) -> int:
+        """E: how many experts (or groups, once merged) are stacked."""
+        return next(iter(self.tensors.values())).shape[0]
+
+    @property
+    def width(self) -> int:
+        """F: hidden neurons per expert."""
+        return self._first(Role.INPUT).shape[1]
+
+    @property
+    def d_model(self) -> int:
+        """D: model width."""
+        return self._first(Role.INPUT).shape[2]
+
+    def names(self, *roles: Role) -> list[str]:
+        """Names of the tensors that have one of ``roles``, in storage order; all names when none is given."""
+        return [name for name, role in self.roles.items() if not roles or role in roles]
+
+    def neuron_axis(self, name: str) -> int | None:
+        """Axis of ``tensors[name]`` that indexes hidden neurons, or None."""
+        return NEURON_AXIS[self.roles[name]]
+
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> ExpertWeights:
+        """New weights with ``function(name, tensor)`` in the place of each tensor."""
+        return ExpertWeights({name: function(name, t) for name, t in self.tensors.items()}, dict(self.roles))
+
+    def select(self, experts: Tensor) -> ExpertWeights:
+        """The given experts (int64 indices), in that order."""
+        return self.map(lambda _, tensor: tensor.index_select(0, experts.to(tensor.device)))
+
+    def flatten(self) -> Tensor:
+        """[E, P]: all parameters of each expert in one row."""
+        return torch.cat([tensor.flatten(1) for tensor in self.tensors.values()], dim=1)
+
+    def require_finite(self, layer: LayerId) -> None:
+        """Raise ValueError naming layer, tensor and expert if any weight is NaN or infinite."""
+        for name, tensor in self.tensors.items():
+            bad_E = ~torch.isfinite(tensor).flatten(1).all(dim=1)
+            if bad_E.any():
+                expert = int(bad_E.nonzero()[0])
+                raise ValueError(
+                    f"layer {layer!r}: tensor {name!r} of expert {expert} has non-finite weights; "
+                    "the checkpoint is damaged or its training diverged"
+                )
+
+
+@dataclass(frozen=True)
+class RouterWeights:
+    """The linear router of a layer: logits_TE = inputs_TD @ weight_ED.T + bias_E."""
+
+    weight_ED: Tensor
+    bias_E: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RoutedBatch:
+    """What one forward pass did in one layer, over all token positions (padding included: see ``valid_T``)."""
+
+    inputs_TD: Tensor  # what the router and the experts saw
+    logits_TE: Tensor  # raw router logits, before softmax
+    wanted_TK: Tensor  # int64, the experts the router chose
+    chosen_TK: Tensor  # int64, the experts that computed the token: equal to wanted_TK, or -1 where over capacity
+    weights_TK: Tensor  # combine weights
+    valid_T: Tensor  # bool: real tokens (attention mask 1; decoder positions with a label)
+
+    def only_valid(self) -> RoutedBatch:
+        """The same batch with padding and unlabelled positions removed."""
+        keep = self.valid_T
+        return RoutedBatch(
+            self.inputs_TD[keep],
+            self.logits_TE[keep],
+            self.wanted_TK[keep],
+            self.chosen_TK[keep],
+            self.weights_TK[keep],
+            keep[keep],
+        )
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which experts of one layer are merged into which group."""
+
+    expert_to_group: Tensor  # int64 [E], values 0..G-1, every group present
+    dominant: Tensor  # int64 [G], the expert that leads each group and belongs to it
+
+    @property
+    def num_experts(self) -> int:
+        return self.expert_to_group.shape[0]
+
+    @property
+    def num_groups(self) -> int:
+        return self.dominant.shape[0]
+
+    def membership(self) -> Tensor:
+        """[G, E] bool: expert e belongs to group g."""
+        return self.expert_to_group[None, :] == torch.arange(self.num_groups)[:, None]
+
+    def validate(self, layer: LayerId) -> None:
+        """Raise ValueError naming layer and expert unless every expert is in exactly one led group."""
+        groups = self.num_groups
+        for expert, group in enumerate(self.expert_to_group.tolist()):
+            if not 0 <= group < groups:
+                raise ValueError(f"layer {layer!r}: expert {expert} is in group {group}, but groups are 0..{groups - 1}")
+        for group, leader in enumerate(self.dominant.tolist()):
+            if not 0 <= leader < self.num_experts or int(self.expert_to_group[leader]) != group:
+                raise ValueError(f"layer {layer!r}: group {group} is led by expert {leader}, which is not its member")
+
+
+@dataclass(frozen=True)
+class LowRankFactors:
+    """W_Goi ~ u_GoR @ v_GRi + residual_Goi, rows of the residual being output features (MC-SMoE, section 3.2)."""
+
+    u_GoR: Tensor
+    v_GRi: Tensor
+    residual_Goi: Tensor
+
+
+@dataclass(frozen=True)
+class CompressionSpec:
+    """How the matrices of a layer are stored: rank, and per tensor name and group the number of residual rows kept."""
+
+    rank: int
+    kept_rows: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The structure of a merged layer in a compact checkpoint: enough to build the empty run-time module."""
+
+    num_groups: int
+    expert_to_group: list[int]
+    compression: CompressionSpec | None = None
