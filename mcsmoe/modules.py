@@ -1,0 +1,336 @@
+"""Run-time layers: experts stored once per group, dense or as low-rank factors plus a row-sparse residual.
+
+The router keeps its E outputs; a redirect table sends expert e to group ``expert_to_group[e]``, so merging changes no
+routing decision. Groups are computed one after another, each on its own tokens: one pass over the groups present, no
+loop over tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mcsmoe.types import (
+    CompressionSpec,
+    ExpertActivation,
+    ExpertWeights,
+    LayerId,
+    LayerSpec,
+    LowRankFactors,
+    Role,
+)
+
+_BIAS_ROLE = {Role.INPUT: Role.INPUT_BIAS, Role.OUTPUT: Role.OUTPUT_BIAS}
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point())
+
+
+class DenseProjection(nn.Module):
+    """y = x W_g^T + b_g with the G matrices stacked: ``weight_Goi`` [G, o, i], ``bias_Go`` [G, o] or None."""
+
+    def __init__(self, weight_Goi: Tensor, bias_Go: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight_Goi = _parameter(weight_Goi)
+        self.bias_Go = None if bias_Go is None else _parameter(bias_Go)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(G, o, i)."""
+        groups, out, inner = self.weight_Goi.shape
+        return groups, out, inner
+
+    def forward(self, group: int, inputs_Ti: Tensor) -> Tensor:
+        bias_o = None if self.bias_Go is None else self.bias_Go[group]
+        return functional.linear(inputs_Ti, self.weight_Goi[group], bias_o)
+
+    def dense(self) -> Tensor:
+        """[G, o, i]: the matrices this projection applies."""
+        return self.weight_Goi.detach()
+
+
+class LowRankProjection(nn.Module):
+    """y = x (U_g V_g + S_g)^T + b_g (section 3.2 of the paper), all three parts trainable and S_g dense.
+
+    Rows of ``residual_Goi`` may be set to zero while training; ``packed`` then drops them from memory.
+    """
+
+    def __init__(self, factors: LowRankFactors, bias_Go: Tensor | None = None) -> None:
+        super().__init__()
+        self.u_GoR = _parameter(factors.u_GoR)
+        self.v_GRi = _parameter(factors.v_GRi)
+        self.residual_Goi = _parameter(factors.residual_Goi)
+        self.bias_Go = None if bias_Go is None else _parameter(bias_Go)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(G, o, i)."""
+        groups, out, inner = self.residual_Goi.shape
+        return groups, out, inner
+
+    def forward(self, group: int, inputs_Ti: Tensor) -> Tensor:
+        bias_o = None if self.bias_Go is None else self.bias_Go[group]
+        outputs_To = functional.linear(inputs_Ti, self.residual_Goi[group], bias_o)
+        return outputs_To + functional.linear(functional.linear(inputs_Ti, self.v_GRi[group]), self.u_GoR[group])
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """[G, o, i]: the matrices this projection applies."""
+        return torch.baddbmm(self.residual_Goi, self.u_GoR, self.v_GRi)
+
+    @torch.no_grad()
+    def packed(self) -> PackedProjection:
+        """The same function with only the live (not all-zero) rows of the residual."""
+        live_Go = (self.residual_Goi != 0).any(dim=2)
+        row_index_N = live_Go.nonzero()[:, 1].to(torch.int32)
+        made = PackedProjection(
+            self.u_GoR.clone(),
+            self.v_GRi.clone(),
+            self.residual_Goi[live_Go],
+            row_index_N,
+            live_Go.sum(dim=1).tolist(),
+            None if self.bias_Go is None else self.bias_Go.clone(),
+        )
+        return made.requires_grad_(self.u_GoR.requires_grad)
+
+
+class PackedProjection(nn.Module):
+    """y = x (U_g V_g + S_g)^T + b_g where S_g is stored as its live rows only, as many as each group has.
+
+    ``residual_rows_Ni`` stacks the rows of all groups (N in total), ``row_index_N`` says which output each row feeds,
+    ``kept_rows[g]`` how many belong to group g.
+    """
+
+    row_index_N: Tensor
+
+    def __init__(
+        self,
+        u_GoR: Tensor,
+        v_GRi: Tensor,
+        residual_rows_Ni: Tensor,
+        row_index_N: Tensor,
+        kept_rows: Sequence[int],
+        bias_Go: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.u_GoR = _parameter(u_GoR)
+        self.v_GRi = _parameter(v_GRi)
+        self.residual_rows_Ni = _parameter(residual_rows_Ni)
+        self.register_buffer("row_index_N", row_index_N)
+        self.bias_Go = None if bias_Go is None else _parameter(bias_Go)
+        self.kept_rows = list(kept_rows)
+        self._spans = list(pairwise(accumulate(self.kept_rows, initial=0)))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(G, o, i)."""
+        groups, out, _ = self.u_GoR.shape
+        return groups, out, self.v_GRi.shape[2]
+
+    def forward(self, group: int, inputs_Ti: Tensor) -> Tensor:
+        # Output features come first in memory, so that a live row is added as one contiguous run over the tokens; the
+        # next projection takes the transposed view back without a copy.
+        inputs_iT = inputs_Ti.t()
+        outputs_oT = self.u_GoR[group] @ (self.v_GRi[group] @ inputs_iT)
+        start, end = self._spans[group]
+        if end > start:
+            rows_NT = self.residual_rows_Ni[start:end] @ inputs_iT
+            outputs_oT = outputs_oT.index_add_(0, self.row_index_N[start:end], rows_NT)
+        if self.bias_Go is not None:
+            outputs_oT = outputs_oT + self.bias_Go[group, :, None]
+        return outputs_oT.t()
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """[G, o, i]: the matrices this projection applies."""
+        groups_N = torch.repeat_interleave(torch.arange(len(self.kept_rows)), torch.tensor(self.kept_rows))
+        dense_Goi = torch.bmm(self.u_GoR, self.v_GRi)
+        place = (groups_N.to(dense_Goi.device), self.row_index_N.long())
+        return dense_Goi.index_put(place, self.residual_rows_Ni, accumulate=True)
+
+
+Projection = DenseProjection | LowRankProjection | PackedProjection
+
+
+class RedirectedExperts(nn.Module):
+    """G stacked experts that answer for E: called with (hidden_TD, expert_TK, weights_TK).
+
+    ``expert_TK`` holds experts 0..E-1, or -1 where a token is not computed (its output is zero). Two experts of a token
+    that fall into one group are computed once, with the summed weight.
+
+    Args:
+        projections: by tensor name, input projections and exactly one output projection.
+        roles: of the projections (INPUT or OUTPUT).
+        activation: from the outputs of the input projections to the hidden activation.
+        expert_to_group: int64 [E], values 0..G-1.
+        dropout: probability, on the hidden activation, in training only.
+    """
+
+    expert_to_group: Tensor
+
+    def __init__(
+        self,
+        projections: Mapping[str, Projection],
+        roles: Mapping[str, Role],
+        activation: ExpertActivation,
+        expert_to_group: Tensor,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.projections = nn.ModuleDict(projections)
+        self.roles = {name: Role(roles[name]) for name in projections}
+        self.activation = activation
+        self.dropout = nn.Dropout(dropout)
+        self.inputs = [name for name, role in self.roles.items() if role is Role.INPUT]
+        (self.output,) = [name for name, role in self.roles.items() if role is Role.OUTPUT]
+        # Part of the structure, which the checkpoint keeps in its configuration: not a weight.
+        self.register_buffer("expert_to_group", expert_to_group.to(torch.int64), persistent=False)
+
+    def projection(self, name: str) -> Projection:
+        return self.projections[name]  # type: ignore[return-value]
+
+    @property
+    def num_groups(self) -> int:
+        return self.projection(self.output).shape[0]
+
+    def spec(self) -> LayerSpec:
+        """What ``empty_projections`` needs to build the same structure.
+
+        Raises:
+            ValueError: the residual is still dense; ``pack`` the model first.
+        """
+        kept: dict[str, list[int]] = {}
+        rank = 0
+        for name in self.roles:
+            projection = self.projection(name)
+            if isinstance(projection, LowRankProjection):
+                raise ValueError(
+                    f"projection {name!r} still stores its residual dense; call mcsmoe.modules.pack(model) first"
+                )
+            if isinstance(projection, PackedProjection):
+                kept[name], rank = list(projection.kept_rows), projection.u_GoR.shape[2]
+        return LayerSpec(self.num_groups, self.expert_to_group.tolist(), CompressionSpec(rank, kept) if kept else None)
+
+    def weights(self) -> ExpertWeights:
+        """Detached copies of the dense equivalent, G stacked."""
+        tensors: dict[str, Tensor] = {}
+        roles: dict[str, Role] = {}
+        for name, role in self.roles.items():
+            projection = self.projection(name)
+            tensors[name], roles[name] = projection.dense().clone(), role
+            if projection.bias_Go is not None:
+                tensors[f"{name}_bias"], roles[f"{name}_bias"] = projection.bias_Go.detach().clone(), _BIAS_ROLE[role]
+        return ExpertWeights(tensors, roles)
+
+    def forward(self, hidden_TD: Tensor, expert_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        tokens, groups = hidden_TD.shape[0], self.num_groups
+        group_TK = torch.where(expert_TK < 0, groups, self.expert_to_group[expert_TK.clamp(min=0)])
+        # Column G collects what is not computed.
+        present_TG = torch.zeros(tokens, groups + 1, dtype=torch.bool, device=hidden_TD.device)
+        present_TG = present_TG.scatter_(1, group_TK, True)[:, :groups]
+        weight_TG = weights_TK.new_zeros(tokens, groups + 1).scatter_add(1, group_TK, weights_TK)
+        pair_group, pair_token = present_TG.t().nonzero(as_tuple=True)
+        pair_weight = weight_TG[pair_token, pair_group, None]
+        counts = present_TG.sum(dim=0).tolist()
+        inputs_ND = hidden_TD[pair_token]
+        output_TD = torch.zeros_like(hidden_TD)
+        start = 0
+        for group, count in enumerate(counts):
+            if count == 0:
+                continue
+            here = slice(start, start + count)
+            start += count
+            outputs = self._expert(group, inputs_ND[here]) * pair_weight[here]
+            output_TD.index_add_(0, pair_token[here], outputs.to(hidden_TD.dtype))
+        return output_TD
+
+    def _expert(self, group: int, inputs_ND: Tensor) -> Tensor:
+        hidden_NF = self.activation({name: self.projection(name)(group, inputs_ND) for name in self.inputs})
+        return self.projection(self.output)(group, self.dropout(hidden_NF))
+
+
+class OneHotRedirectedExperts(RedirectedExperts):
+    """The same, called as Switch calls its experts: (hidden_TD, one-hot dispatch [T, 1, E], weights [T, 1]).
+
+    A token over its expert's capacity has an all-zero dispatch row and gets a zero output.
+    """
+
+    def forward(self, hidden_TD: Tensor, expert_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        dispatch_TE = expert_TK[:, 0]
+        expert_T = torch.where(dispatch_TE.any(dim=1), dispatch_TE.argmax(dim=1), -1)
+        return super().forward(hidden_TD, expert_T[:, None], weights_TK)
+
+
+def dense_projections(weights: ExpertWeights) -> dict[str, Projection]:
+    """One dense projection per matrix of ``weights``, its bias (``<name>_bias``) with it."""
+    return {
+        name: DenseProjection(weights.tensors[name], weights.tensors.get(f"{name}_bias"))
+        for name in weights.names(Role.INPUT, Role.OUTPUT)
+    }
+
+
+def empty_projections(
+    spec: LayerSpec,
+    shapes: Mapping[str, tuple[int, int]],
+    biased: Sequence[str] = (),
+    device: torch.device | str = "meta",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Projection]:
+    """Uninitialised projections of the structure ``spec``; ``shapes`` gives (o, i) by tensor name."""
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(*size, device=device, dtype=dtype)
+
+    made: dict[str, Projection] = {}
+    for name, (out, inner) in shapes.items():
+        bias = empty(spec.num_groups, out) if name in biased else None
+        if spec.compression is None:
+            made[name] = DenseProjection(empty(spec.num_groups, out, inner), bias)
+        else:
+            rank, kept = spec.compression.rank, spec.compression.kept_rows[name]
+            rows = sum(kept)
+            index = torch.empty(rows, device=device, dtype=torch.int32)
+            factors = empty(spec.num_groups, out, rank), empty(spec.num_groups, rank, inner)
+            made[name] = PackedProjection(*factors, empty(rows, inner), index, kept, bias)
+    return made
+
+
+def check_redirect(layer: LayerId, expert_to_group: Tensor, num_experts: int, num_groups: int) -> None:
+    """Raise ValueError naming layer and expert unless all experts are redirected and no group is idle."""
+    if expert_to_group.shape != (num_experts,):
+        raise ValueError(
+            f"layer {layer!r}: the redirect table has shape {tuple(expert_to_group.shape)}, not ({num_experts},)"
+        )
+    for expert, group in enumerate(expert_to_group.tolist()):
+        if not 0 <= group < num_groups:
+            raise ValueError(
+                f"layer {layer!r}: expert {expert} goes to group {group}, but groups are 0..{num_groups - 1}"
+            )
+    missing = sorted(set(range(num_groups)) - set(expert_to_group.tolist()))
+    if missing:
+        raise ValueError(f"layer {layer!r}: no expert is redirected to group {missing[0]}; leave it out")
+
+
+def residuals(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Dense trainable residuals [G, o, i] by parameter name, for a ``ResidualPruner``; empty once packed."""
+    return {
+        f"{path}.residual_Goi": module.residual_Goi
+        for path, module in model.named_modules()
+        if isinstance(module, LowRankProjection)
+    }
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Replace every dense residual in ``model`` by its live rows, in place; the function computed stays the same."""
+    for module in list(model.modules()):
+        if isinstance(module, RedirectedExperts):
+            for name in module.roles:
+                projection = module.projection(name)
+                if isinstance(projection, LowRankProjection):
+                    module.projections[name] = projection.packed().train(projection.training)
+    return model
