@@ -1,0 +1,75 @@
+"""What a stage shows: log lines, progress bars, and errors that a user can act on."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+log = logging.getLogger("mcsmoe")
+
+_BAR_SECONDS = 1.0  # between two redraws on a terminal
+_LINE_SECONDS = 20.0  # between two lines where the output is a file
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and examples as they were typed."""
+
+
+def parser(purpose: str, example: str) -> argparse.ArgumentParser:
+    """An argument parser for one stage, with an example, and the options every stage has."""
+    made = argparse.ArgumentParser(description=purpose, epilog=f"example:\n  {example}", formatter_class=_Formatter)
+    made.add_argument("--log", type=Path, help="also write what is shown to this file")
+    made.add_argument("--threads", type=int, default=1, help="CPU threads; another number gives other last bits")
+    return made
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None, initial: int = 0) -> Iterator[T]:
+    """Iterate with a progress bar on standard error: redrawn on a terminal, a line now and then elsewhere."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    seconds = _BAR_SECONDS if terminal else _LINE_SECONDS
+    yield from tqdm(
+        items,
+        desc=description,
+        total=total,
+        initial=initial,
+        mininterval=seconds,
+        maxinterval=seconds,
+        file=sys.stderr,
+        dynamic_ncols=terminal,
+        leave=False,
+    )
+
+
+def run(stage: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
+    """Run a stage: set its threads and log, and turn a user's error into one message and exit status 1."""
+    # Set before torch is imported, so that its thread pools are made at this size.
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[variable] = str(arguments.threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if arguments.log:
+        arguments.log.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(arguments.log, mode="w"))
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
+    log.setLevel(logging.INFO)
+    try:
+        stage(arguments)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        log.debug("", exc_info=True)
+        log.error("error: %s", error)
+        if os.environ.get("MCSMOE_TRACEBACK"):
+            raise
+        sys.exit(1)
+    except Exception:
+        log.exception("the stage failed; this is a defect of the program, not of its input")
+        sys.exit(2)

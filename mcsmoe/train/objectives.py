@@ -1,0 +1,108 @@
+"""What each stage minimises, built from the terms in ``losses``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mcsmoe.adapters.base import Adapter
+from mcsmoe.train.losses import IGNORED, cross_entropy_sum, distillation_sum, load_balance_sum, router_z_sum
+from mcsmoe.train.teacher import TeacherCache
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of the whole batch: rows and labelled positions."""
+
+    rows: int
+    labels: int
+
+
+def totals_of(batch: dict[str, Tensor]) -> Totals:
+    labels = batch["labels"]
+    return Totals(rows=labels.shape[0], labels=max(1, int((labels != IGNORED).sum())))
+
+
+_MODEL_INPUTS = ("input_ids", "attention_mask", "labels")
+
+
+def _logits(model: nn.Module, rows: dict[str, Tensor]) -> Tensor:
+    inputs = {name: rows[name] for name in _MODEL_INPUTS if name in rows}
+    return model(**inputs, use_cache=False).logits
+
+
+@dataclass(frozen=True)
+class TaskObjective:
+    """Cross-entropy per label token, plus Switch's load-balancing loss averaged over layers while routers train."""
+
+    adapter: Adapter
+    balance_weight: float = 0.0
+    z_weight: float = 0.0
+
+    def prepare(self, batch: dict[str, Tensor]) -> Totals:
+        return totals_of(batch)
+
+    def __call__(self, model: nn.Module, rows: dict[str, Tensor], totals: Totals) -> dict[str, Tensor]:
+        if not self.balance_weight:
+            task = cross_entropy_sum(_logits(model, rows), rows["labels"]) / totals.labels
+            return {"loss": task, "task_loss": task}
+        bare = getattr(model, "module", model)
+        with self.adapter.capture(bare, detach=False) as captured:
+            task = cross_entropy_sum(_logits(model, rows), rows["labels"]) / totals.labels
+        balance, z = task.new_zeros(()), task.new_zeros(())
+        share = rows["labels"].shape[0] / totals.rows
+        for batch in captured.batches.values():
+            logits_TE = batch.logits_TE[batch.valid_T]
+            wanted_T = batch.wanted_TK[batch.valid_T].flatten()
+            counts_E = torch.bincount(wanted_T, minlength=logits_TE.shape[1])
+            tokens = max(1, logits_TE.shape[0]) / share
+            balance = balance + load_balance_sum(logits_TE, counts_E) / tokens
+            z = z + router_z_sum(logits_TE) / tokens
+        balance, z = balance / len(captured.batches), z / len(captured.batches)
+        loss = task + self.balance_weight * balance + self.z_weight * z
+        return {"loss": loss, "task_loss": task, "balance_loss": balance}
+
+
+@dataclass(frozen=True)
+class RecoveryObjective:
+    """Cross-entropy per label token + weight * KL(teacher || student) / rows (section 6 of the blueprint).
+
+    ``rows`` carries ``row``: the index of each example in the teacher's cache.
+    """
+
+    teacher: TeacherCache | None
+    weight: float = 0.2
+    temperature: float = 2.0
+
+    def prepare(self, batch: dict[str, Tensor]) -> Totals:
+        return totals_of(batch)
+
+    def __call__(self, model: nn.Module, rows: dict[str, Tensor], totals: Totals) -> dict[str, Tensor]:
+        logits_BTV = _logits(model, rows)
+        task = cross_entropy_sum(logits_BTV, rows["labels"]) / totals.labels
+        if self.teacher is None or not self.weight:
+            return {"loss": task, "task_loss": task}
+        teacher_NV = self.teacher.logits(rows["row"], logits_BTV.device)
+        student_NV = logits_BTV[rows["labels"] != IGNORED]
+        divergence = distillation_sum(student_NV, teacher_NV, self.temperature) / totals.rows
+        return {"loss": task + self.weight * divergence, "task_loss": task, "distillation_loss": divergence}
+
+
+def freeze_routers(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Stop every router's gradient, so that recovery leaves routers bit-identical; returns their names."""
+    names = set(adapter.router_parameters(model))
+    for name, parameter in model.named_parameters():
+        if name in names:
+            parameter.requires_grad_(False)
+    return sorted(names)
+
+
+def trainable(model: nn.Module) -> dict[str, Any]:
+    """Counts of trainable and frozen parameters, for the log."""
+    counts = {"trainable": 0, "frozen": 0}
+    for parameter in model.parameters():
+        counts["trainable" if parameter.requires_grad else "frozen"] += parameter.numel()
+    return counts

@@ -1,0 +1,119 @@
+"""Build a Switch Transformer and pre-train it by span corruption (section 3.1.4 of T5, arXiv 1910.10683)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mcsmoe.train.losses import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import SwitchTransformersForConditionalGeneration
+
+Ids = NDArray[np.int64]
+
+
+def build_switch(architecture: dict[str, Any], vocab_size: int, seed: int) -> SwitchTransformersForConditionalGeneration:
+    """A Switch Transformer with random weights; ``architecture`` holds fields of its configuration class."""
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    config = SwitchTransformersConfig(
+        vocab_size=vocab_size, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **architecture
+    )
+    torch.manual_seed(seed)
+    return SwitchTransformersForConditionalGeneration(config)
+
+
+def noise_mask(length: int, density: float, mean_span: float, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """[length] bool: tokens to corrupt, in spans of ``mean_span`` on average, ``density`` of all; never starts with noise.
+
+    Noise and kept tokens are each cut into as many segments as there are spans, at random places, and interleaved.
+    """
+    noisy = int(np.clip(round(length * density), 1, length - 1))
+    spans = int(np.clip(round(noisy / mean_span), 1, min(noisy, length - noisy)))
+
+    def segments(total: int) -> Ids:
+        cuts = np.sort(rng.permutation(total - 1)[: spans - 1]) + 1
+        return np.diff(np.concatenate([[0], cuts, [total]])).astype(np.int64)
+
+    lengths = np.stack([segments(length - noisy), segments(noisy)], axis=1).ravel()
+    return np.repeat(np.tile([False, True], spans), lengths)
+
+
+def corrupt(window: Ids, mask: NDArray[np.bool_], sentinels: Sequence[int], eos: int) -> tuple[Ids, Ids]:
+    """(input, target): each masked span becomes one sentinel in the input; the target lists sentinels and spans."""
+    starts = mask & ~np.concatenate([[False], mask[:-1]])
+    markers = np.asarray(sentinels)[np.cumsum(starts) - 1]
+
+    def collapse(hidden: NDArray[np.bool_], first: NDArray[np.bool_], names: Ids) -> Ids:
+        tokens = np.where(first, names, window)
+        return np.append(tokens[~hidden | first], eos)
+
+    ends = ~mask & ~np.concatenate([[False], ~mask[:-1]])
+    kept_markers = np.asarray(sentinels)[np.clip(np.cumsum(ends) - 1, 0, None)]
+    return collapse(mask, starts, markers), collapse(~mask, ends, kept_markers)
+
+
+@dataclass(frozen=True)
+class SpanCorruption:
+    """Batches of step ``s`` from one long stream of tokens; the same step always gives the same batch.
+
+    Args:
+        stream: [N] token ids of the whole corpus, documents one after another.
+        window: tokens per example before corruption.
+    """
+
+    stream: Ids
+    window: int
+    batch_size: int
+    sentinels: Sequence[int]
+    eos: int
+    density: float
+    mean_span: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.stream) < self.window * self.batch_size:
+            raise ValueError(
+                f"the corpus has {len(self.stream)} tokens, fewer than one batch of {self.batch_size} x {self.window}; "
+                "give more text or lower pretrain.batch_size or pretrain.window"
+            )
+
+    @property
+    def windows(self) -> int:
+        return len(self.stream) // self.window
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.windows // self.batch_size
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """input_ids, attention_mask and labels of step ``step`` (from 0); every epoch cuts the stream elsewhere."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng((self.seed, epoch))
+        offset = int(order.integers(0, len(self.stream) - self.windows * self.window + 1))
+        chosen = order.permutation(self.windows)[place * self.batch_size : (place + 1) * self.batch_size]
+        rng = np.random.default_rng((self.seed, epoch, place))
+        # One mask a batch, rolled differently in each row: spans differ, lengths agree, nothing is padded.
+        inputs, targets = [], []
+        for index in chosen:
+            start = offset + int(index) * self.window
+            mask = noise_mask(self.window, self.density, self.mean_span, rng)
+            ids, target = corrupt(self.stream[start : start + self.window], mask, self.sentinels, self.eos)
+            inputs.append(ids)
+            targets.append(target)
+        input_ids = torch.from_numpy(np.stack(inputs))
+        labels = torch.from_numpy(np.stack(targets))
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+
+
+def pad_labels(targets: list[Ids]) -> Tensor:
+    """[B, T] labels padded with the ignored index."""
+    width = max(len(target) for target in targets)
+    return torch.from_numpy(np.stack([np.pad(t, (0, width - len(t)), constant_values=IGNORED) for t in targets]))
