@@ -28,7 +28,8 @@ _BIAS_ROLE = {Role.INPUT: Role.INPUT_BIAS, Role.OUTPUT: Role.OUTPUT_BIAS}
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point())
+    # Contiguous, so that a product has the same last bits before saving and after loading.
+    return nn.Parameter(tensor.detach().contiguous(), requires_grad=tensor.is_floating_point())
 
 
 class DenseProjection(nn.Module):

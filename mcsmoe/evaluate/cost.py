@@ -1,0 +1,267 @@
+"""What a checkpoint costs: parameters, bytes on disk, memory, FLOPs and time, all measured on the reloaded files.
+
+``measure`` is light: it starts one fresh process, which alone imports torch and transformers, so that the peak memory
+is that of loading and running the checkpoint and of nothing the caller did before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+_WARM_UP = 2
+_SEED = 0
+_FIRST_ID = 3  # below it tokenizers keep padding, end of sequence and unknown
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a measurement is taken at; the setting columns of the ``cost`` table."""
+
+    batch_size: int
+    input_tokens: int
+    label_tokens: int
+    threads: int
+    device: str
+    dtype: str
+
+
+def measure(
+    path: str | Path,
+    batch_size: int = 8,
+    input_tokens: int = 128,
+    label_tokens: int = 8,
+    repeats: int = 10,
+    threads: int = 1,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """Measure the checkpoint folder ``path`` in a fresh process.
+
+    One forward pass over a batch of seeded random token ids, no padding: ``batch_size`` examples of ``input_tokens``
+    into the encoder and ``label_tokens`` into the decoder (a decoder-only model sees both in one sequence).
+
+    Returns:
+        The columns of the ``cost`` table that follow ``stage``. Bytes in bytes, ``latency_ms`` the median of
+        ``repeats`` passes after warm-up, ``latency_spread_ms`` their interquartile range, ``throughput`` in examples
+        per second of median latency. ``peak_memory_bytes`` is the high-water mark of resident memory up to and
+        including the first pass, interpreter and libraries included; on an accelerator it is the peak of
+        memory allocated there.
+
+    Raises:
+        ValueError: a setting below 1, an unknown dtype, a folder without weight files, or what loading refused.
+        RuntimeError: the measuring process died; the message ends with what it last wrote.
+    """
+    settings = Settings(batch_size, input_tokens, label_tokens, threads, device, dtype)
+    for name, value in {**asdict(settings), "repeats": repeats}.items():
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"cost setting {name} is {value}; it must be at least 1")
+    if dtype not in _DTYPES:
+        raise ValueError(f"cost setting dtype is {dtype!r}; use one of {', '.join(_DTYPES)}")
+    weight_bytes(path)  # refuse a folder that is no checkpoint before seconds go into a process
+    request = json.dumps({"path": os.fspath(path), "repeats": repeats, "settings": asdict(settings)})
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "mcsmoe.evaluate.cost", request], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(
+            f"{path}: measuring ended with status {done.returncode} (a negative one is a signal, -9 mostly a lack of "
+            f"memory): {done.stderr.strip()[-2000:]}"
+        )
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer
+
+
+def weight_bytes(path: str | Path) -> int:
+    """Bytes of the safetensors files of a checkpoint folder.
+
+    Raises:
+        ValueError: the folder is absent or holds no such file.
+    """
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path}: no *.safetensors file; give the folder of a saved checkpoint")
+    return sum(file.stat().st_size for file in files)
+
+
+def measure_here(
+    path: str | Path,
+    settings: Settings,
+    repeats: int,
+    load: Callable[[], nn.Module],
+) -> dict[str, Any]:
+    """What ``measure`` does in its process: ``load`` gives the model, ready, on its device and in its dtype."""
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    model = load()
+    inputs = batch(model, settings)
+    with torch.inference_mode():
+        # Before anything else is counted: counting must not raise the high-water mark.
+        model(**inputs)
+        memory = _peak_memory(device)
+        parameters, nonzero = count_parameters(model)
+        flops = count_flops(lambda: model(**inputs))
+        milliseconds = _time(lambda: model(**inputs), repeats, device)
+    median = statistics.median(milliseconds)
+    return {
+        "parameters": parameters,
+        "nonzero_parameters": nonzero,
+        "bytes_on_disk": weight_bytes(path),
+        "peak_memory_bytes": memory,
+        "flops": flops,
+        "latency_ms": median,
+        "latency_spread_ms": spread(milliseconds),
+        "throughput": settings.batch_size / median * 1000,
+        **asdict(settings),
+        "experts_per_layer": experts_per_layer(model),
+    }
+
+
+def batch(model: nn.Module, settings: Settings) -> dict[str, Tensor]:
+    """Seeded token ids for one forward pass of ``model``, uniform over the vocabulary without its first ids."""
+    import torch
+
+    config: Any = model.config
+    text = config.get_text_config()
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def ids(length: int) -> Tensor:
+        size = (settings.batch_size, length)
+        drawn = torch.randint(min(_FIRST_ID, text.vocab_size - 1), text.vocab_size, size, generator=generator)
+        return drawn.to(settings.device)
+
+    if not config.is_encoder_decoder:
+        made = ids(settings.input_tokens + settings.label_tokens)
+        return {"input_ids": made, "attention_mask": torch.ones_like(made)}
+    source, target = ids(settings.input_tokens), ids(settings.label_tokens)
+    return {"input_ids": source, "attention_mask": torch.ones_like(source), "decoder_input_ids": target}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Stored parameters and how many of them are not exactly zero; a tied tensor counts once."""
+    total = nonzero = 0
+    for parameter in model.parameters():  # gives a tied parameter once
+        total += parameter.numel()
+        nonzero += int(parameter.count_nonzero())
+    return total, nonzero
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of ``run``, two to a multiply-add, in matrix products, attention and convolutions."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def attention(
+        query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any
+    ) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def grouped(left: tuple[int, ...], right: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
+        # [T, i] x [G, i, o]: each row meets the matrix of its own group only.
+        return 2 * left[0] * right[-2] * right[-1]
+
+    # torch 2.13 counts neither of these two, which are what attention and stacked experts use on a CPU.
+    aten = torch.ops.aten
+    extra: Mapping[Any, Callable[..., int]] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._grouped_mm: grouped,
+    }
+    with FlopCounterMode(display=False, custom_mapping=dict(extra)) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def experts_per_layer(model: nn.Module) -> list[int]:
+    """Distinct experts stored in each sparse layer, in forward order."""
+    from mcsmoe.adapters.registry import adapter_for
+
+    adapter = adapter_for(model)
+    return [adapter.expert_to_group(model, layer).unique().numel() for layer in adapter.layers(model)]
+
+
+def spread(values: list[float]) -> float:
+    """Interquartile range; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def _time(run: Callable[[], object], repeats: int, device: Any) -> list[float]:
+    """Milliseconds of each of ``repeats`` runs after the warm-up."""
+    import torch
+
+    def wait() -> None:
+        # Kernels are queued: without waiting, only their launch would be timed.
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    times = []
+    for _ in range(_WARM_UP + repeats):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        times.append((time.perf_counter() - start) * 1000)
+    return times[_WARM_UP:]
+
+
+def _peak_memory(device: Any) -> int:
+    import torch
+
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    # Not getrusage: its ru_maxrss survives exec, and would give the size of whatever process started this one.
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found.group(1)) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _main(request: str) -> dict[str, Any]:
+    import torch
+
+    from mcsmoe import checkpoint
+
+    asked = json.loads(request)
+    settings = Settings(**asked["settings"])
+
+    def load() -> nn.Module:
+        return checkpoint.load(asked["path"], dtype=getattr(torch, settings.dtype), device=settings.device)
+
+    try:
+        return measure_here(asked["path"], settings, asked["repeats"], load)
+    except ValueError as error:
+        return {"error": str(error)}
+
+
+if __name__ == "__main__":
+    with redirect_stdout(sys.stderr):  # a library's greeting must not end up in the answer
+        result = _main(sys.argv[1])
+    print(json.dumps(result))

@@ -1,0 +1,135 @@
+"""Costs against closed forms: parameters, FLOPs of known layers, memory of a fresh process, refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_switch
+import torch
+from torch import nn
+
+from mcsmoe.evaluate import cost
+from mcsmoe.tables import SCHEMAS
+
+SETTINGS = cost.Settings(batch_size=3, input_tokens=7, label_tokens=4, threads=1, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("a checkpoint") / "full"
+    tiny_switch.model().save_pretrained(path)
+    return path
+
+
+def test_flops_of_a_linear_layer_are_the_closed_form() -> None:
+    layer = nn.Linear(24, 40)
+    assert cost.count_flops(lambda: layer(torch.randn(5, 24))) == 2 * 5 * 24 * 40
+
+
+def test_flops_of_cpu_attention_and_grouped_products_are_counted() -> None:
+    query = torch.randn(2, 3, 8, 16)
+    attention = cost.count_flops(lambda: nn.functional.scaled_dot_product_attention(query, query, query))
+    assert attention == 2 * (2 * 2 * 3 * 8 * 8 * 16)
+    rows, weight = torch.randn(8, 16), torch.randn(3, 16, 24)
+    ends = torch.tensor([3, 5, 8], dtype=torch.int32)
+    assert cost.count_flops(lambda: torch._grouped_mm(rows, weight, offs=ends)) == 2 * 8 * 16 * 24
+
+
+def test_flops_of_a_switch_model_are_the_closed_form() -> None:
+    model = tiny_switch.model()
+    inputs = cost.batch(model, SETTINGS)
+    with torch.inference_mode():
+        counted = cost.count_flops(lambda: model(**inputs))
+    config = model.config
+    b, s, t = SETTINGS.batch_size, SETTINGS.input_tokens, SETTINGS.label_tokens
+    d, f, e, inner = config.d_model, config.d_ff, config.num_experts, config.num_heads * config.d_kv
+
+    def attention(queries: int, keys: int) -> int:
+        projections = 2 * b * d * inner * (2 * queries + 2 * keys)
+        return projections + 2 * (2 * b * queries * keys * inner)
+
+    def feed_forward(tokens: int, sparse: bool) -> int:
+        # Each token goes through one expert (no capacity is reached here) and the router.
+        return b * tokens * (2 * 2 * d * f + (2 * d * e if sparse else 0))
+
+    expected = sum(attention(s, s) + feed_forward(s, block in (1, 3)) for block in range(config.num_layers))
+    expected += sum(attention(t, t) + attention(t, s) + feed_forward(t, True) for _ in range(config.num_decoder_layers))
+    expected += 2 * b * t * d * config.vocab_size
+    assert counted == expected
+
+
+def test_tied_parameters_count_once_and_zeros_are_told_apart() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False)
+            self.second.weight = self.first.weight
+            self.first.weight.data.fill_(1.0)
+            self.first.weight.data[0, :3] = 0.0
+
+    assert cost.count_parameters(Tied()) == (24, 21)
+
+
+def test_spread_is_the_interquartile_range() -> None:
+    assert cost.spread([4.0, 1.0, 2.0, 3.0, 100.0]) == pytest.approx(4.0 - 2.0)
+    assert cost.spread([7.0]) == 0.0
+
+
+def test_batch_is_the_same_every_time() -> None:
+    model = tiny_switch.model()
+    first, again = cost.batch(model, SETTINGS), cost.batch(model, SETTINGS)
+    assert first["input_ids"].shape == (3, 7)
+    assert first["decoder_input_ids"].shape == (3, 4)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert int(first["input_ids"].min()) >= 3
+
+
+def test_latency_excludes_the_warm_up() -> None:
+    calls: list[int] = []
+    times = cost._time(lambda: calls.append(1), repeats=4, device=torch.device("cpu"))
+    assert len(times) == 4
+    assert len(calls) == 4 + cost._WARM_UP
+
+
+def test_a_fresh_process_measures_the_checkpoint(folder: Path) -> None:
+    # Memory held here must not show: resource.getrusage in a child would report it.
+    ballast = torch.ones(1 << 28)
+    result = cost.measure(folder, batch_size=3, input_tokens=7, label_tokens=4, repeats=3)
+    assert ballast.nbytes == 1 << 30
+    columns = SCHEMAS["cost"].names
+    assert list(result) == columns[columns.index("stage") + 1 :]
+    model = tiny_switch.model()
+    assert result["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert result["bytes_on_disk"] == (folder / "model.safetensors").stat().st_size
+    assert result["bytes_on_disk"] == pytest.approx(4 * result["parameters"], rel=0.1)
+    assert result["experts_per_layer"] == [6] * 5
+    assert 100 << 20 < result["peak_memory_bytes"] < ballast.nbytes
+    assert result["throughput"] == pytest.approx(3000 / result["latency_ms"])
+    with torch.inference_mode():
+        inputs = cost.batch(model, SETTINGS)
+        assert result["flops"] == cost.count_flops(lambda: model(**inputs))
+
+
+def test_bad_settings_and_folders_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="repeats is 0"):
+        cost.measure(folder, repeats=0)
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        cost.measure(folder, dtype="int8")
+    with pytest.raises(ValueError, match=r"no \*.safetensors file"):
+        cost.measure(tmp_path)
+
+
+def test_what_loading_refuses_reaches_the_caller(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "switch_transformers"}')
+    (tmp_path / "model.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises((ValueError, RuntimeError), match="safetensors"):
+        cost.measure(tmp_path)
+
+
+def test_the_module_is_light() -> None:
+    code = "import sys, mcsmoe.evaluate.cost; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
