@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 log = logging.getLogger("mcsmoe")
@@ -27,6 +28,18 @@ def parser(purpose: str, example: str) -> argparse.ArgumentParser:
     made.add_argument("--log", type=Path, help="also write what is shown to this file")
     made.add_argument("--threads", type=int, default=1, help="CPU threads; another number gives other last bits")
     return made
+
+
+def json_argument(text: str) -> Any:
+    """A command-line value that is JSON, or ``@`` and the name of a file that holds it."""
+    return json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """What the stages that read everything need to find it."""
+    parser.add_argument("--results", type=Path, required=True, help="folder of results")
+    parser.add_argument("--runs", type=json_argument, required=True, help="runs to read: JSON, or @file")
+    parser.add_argument("--configuration", type=json_argument, required=True, help="what was run: JSON, or @file")
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None, initial: int = 0) -> Iterator[T]:

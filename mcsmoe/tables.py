@@ -12,9 +12,7 @@ from mcsmoe.artefacts import atomic_file
 
 
 def _schema(**columns: tuple[pa.DataType, str]) -> pa.Schema:
-    return pa.schema(
-        [pa.field(name, kind, metadata={"description": text}) for name, (kind, text) in columns.items()]
-    )
+    return pa.schema([pa.field(name, kind, metadata={"description": text}) for name, (kind, text) in columns.items()])
 
 
 _STRING, _INT, _LONG, _FLOAT, _BOOL = pa.string(), pa.int32(), pa.int64(), pa.float64(), pa.bool_()
@@ -145,6 +143,9 @@ SCHEMAS: dict[str, pa.Schema] = {
         peak_memory_bytes=(_LONG, "peak resident memory"),
     ),
 }
+
+MEASURED = ("seconds", "latency_ms", "latency_spread_ms", "throughput", "peak_memory_bytes")
+"""Columns that a clock or a scale fills: everything else is the same when a run is repeated."""
 
 
 def empty(name: str) -> pd.DataFrame:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 Ids = NDArray[np.int64]
 
 
-def build_switch(architecture: dict[str, Any], vocab_size: int, seed: int) -> SwitchTransformersForConditionalGeneration:
+def build_switch(
+    architecture: dict[str, Any], vocab_size: int, seed: int
+) -> SwitchTransformersForConditionalGeneration:
     """A Switch Transformer with random weights; ``architecture`` holds fields of its configuration class."""
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 

@@ -1,0 +1,41 @@
+# make reproduce   set up and run the main job on the embedded default
+# make test        set up and pass the tests
+# make ui          open the MLflow UI on what was run
+# make clean       remove results (not the environment)
+
+PYTHON ?= python3
+CORES ?= all
+CONFIG ?= config.yaml
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Nothing is sent anywhere by any library used.
+export DO_NOT_TRACK := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: reproduce test check ui clean
+
+reproduce: $(VENV)/.ready
+	$(RUN) -m snakemake --cores $(CORES) --configfile "$(CONFIG)"
+
+test: $(VENV)/.ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m snakefmt --check Snakefile rules
+	$(RUN) -m pytest
+
+ui: $(VENV)/.ready
+	$(RUN) workflow_scripts/ui.py --configfile "$(CONFIG)"
+
+clean:
+	rm -rf results
+
+# torch first and alone: plain "torch" in a list of requirements may bring a build for graphics cards of several gigabytes.
+$(VENV)/.ready: pyproject.toml envs/requirements.lock
+	test -x "$(RUN)" || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet torch==2.13.0
+	$(RUN) -m pip install --quiet --constraint envs/requirements.lock --editable '.[dev]'
+	touch $@

@@ -1,0 +1,142 @@
+"""Passes over calibration examples: routing statistics, gradients and their squares, and the files they are kept in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mcsmoe.adapters.base import Adapter
+from mcsmoe.artefacts import atomic_file
+from mcsmoe.console import progress
+from mcsmoe.routing import RoutingStatistics
+from mcsmoe.train.losses import cross_entropy_sum
+from mcsmoe.types import ExpertWeights, LayerId
+
+Batch = dict[str, Tensor]
+_INPUTS = ("input_ids", "attention_mask", "labels")
+
+
+def _inputs(batch: Batch, device: torch.device) -> Batch:
+    return {name: batch[name].to(device) for name in _INPUTS if name in batch}
+
+
+@torch.no_grad()
+def collect_routing(
+    model: nn.Module, adapter: Adapter, batches: Iterable[Batch], total: int, statistics: RoutingStatistics
+) -> RoutingStatistics:
+    """Add what every sparse layer routes on ``batches`` to ``statistics``; padding never counts."""
+    device = next(model.parameters()).device
+    model.eval()
+    experts = {layer: adapter.read_experts(model, layer) for layer in adapter.layers(model)}
+    activations = {layer: adapter.activation(model, layer) for layer in experts}
+    with adapter.capture(model) as captured:
+        for batch in progress(batches, "routing statistics", total=total):
+            model(**_inputs(batch, device), use_cache=False)
+            statistics.update(captured.batches, experts=experts, activations=activations)
+    return statistics
+
+
+def collect_gradients(
+    model: nn.Module, adapter: Adapter, batches: Iterable[Batch], total: int
+) -> tuple[dict[LayerId, ExpertWeights], dict[LayerId, ExpertWeights]]:
+    """Mean gradient of the summed label loss per example, and its mean square (diagonal empirical Fisher information).
+
+    ``batches`` must hold one example each: a square of a mean is not a mean of squares.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    sums: dict[LayerId, ExpertWeights] = {}
+    squares: dict[LayerId, ExpertWeights] = {}
+    examples = 0
+    for batch in progress(batches, "gradients", total=total):
+        model.zero_grad(set_to_none=True)
+        inputs = _inputs(batch, device)
+        cross_entropy_sum(model(**inputs, use_cache=False).logits, inputs["labels"]).backward()
+        examples += 1
+        for layer in adapter.layers(model):
+            found = _read_gradients(model, adapter, layer)
+            _add(sums, layer, found, lambda tensor: tensor)
+            _add(squares, layer, found, torch.square)
+    model.zero_grad(set_to_none=True)
+    for kept in (sums, squares):
+        for layer, weights in kept.items():
+            kept[layer] = weights.map(lambda _, tensor: tensor / max(1, examples))
+    return sums, squares
+
+
+def _read_gradients(model: nn.Module, adapter: Adapter, layer: LayerId) -> ExpertWeights:
+    """Gradients of a layer's experts, stacked and oriented as their weights; zero where an expert saw no token."""
+    parameters = list(model.get_submodule(layer).parameters())
+    values = [parameter.data for parameter in parameters]
+    # Reading weights is linear in what is stored, so the adapter reads gradients when they stand in the weights' place.
+    for parameter in parameters:
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    try:
+        return adapter.read_experts(model, layer)
+    finally:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+
+
+def _add(
+    kept: dict[LayerId, ExpertWeights], layer: LayerId, found: ExpertWeights, change: Callable[[Tensor], Tensor]
+) -> None:
+    if layer not in kept:
+        kept[layer] = found.map(lambda _, tensor: change(tensor).clone())
+    else:
+        for name, tensor in found.tensors.items():
+            kept[layer].tensors[name] += change(tensor)
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors atomically as safetensors."""
+    with atomic_file(path) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file.
+
+    Raises:
+        ValueError: unreadable or damaged; names the file.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
+
+
+def load_statistics(path: Path) -> RoutingStatistics:
+    """Routing statistics that ``save_tensors(path, statistics.tensors())`` wrote."""
+    return RoutingStatistics.from_tensors(load_tensors(path))
+
+
+def gradient_tensors(
+    gradients: dict[LayerId, ExpertWeights], squares: dict[LayerId, ExpertWeights]
+) -> dict[str, Tensor]:
+    """Flat names ``gradient/<layer>/<tensor>`` and ``fisher/<layer>/<tensor>``."""
+    return {
+        f"{kind}/{layer}/{name}": tensor
+        for kind, kept in (("gradient", gradients), ("fisher", squares))
+        for layer, weights in kept.items()
+        for name, tensor in weights.tensors.items()
+    }
+
+
+def expert_tensors(tensors: dict[str, Tensor], kind: str, layer: LayerId, like: ExpertWeights) -> ExpertWeights:
+    """The gradients (``gradient``) or Fisher information (``fisher``) of a layer, with the roles of its weights.
+
+    Raises:
+        ValueError: the file is of another model; names the layer.
+    """
+    missing = [name for name in like.tensors if f"{kind}/{layer}/{name}" not in tensors]
+    if missing:
+        raise ValueError(f"layer {layer!r}: no {kind} of {missing[0]!r}; the gradients are of another model")
+    return like.map(lambda name, _: tensors[f"{kind}/{layer}/{name}"])

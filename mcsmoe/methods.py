@@ -1,0 +1,149 @@
+"""The methods that can be compared, as data: how experts are grouped, aligned, merged, recovered and compressed.
+
+Imports nothing heavy, so that a configuration is checked before any library of numbers is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+FULL = "full"
+
+SIMILARITIES = (
+    *("router-logits", "router-weight", "weight", "feature", "feature.abs", "weight-feature", "router-weight-feature"),
+    *("gradient", "weight-gradient", "mse", "feature-correlation.lsa", "feature-correlation.max", "expert-output"),
+    "random",
+)
+"""Names of the similarity bases (``mcsmoe.similarity.BASES``)."""
+
+GROUPINGS = ("dominant", "spectral", "hierarchical", "random")
+"""Names of the grouping methods (``mcsmoe.grouping.METHODS``)."""
+
+MERGES = (
+    *("frequency", "uniform", "fisher", "reversed", "random", "prune", "drop", "reap"),
+    *("git-rebasin", "repair", "zipit"),
+)
+"""Names of the merge methods (``mcsmoe.merge.METHODS``)."""
+
+NEED_GRADIENTS = ("gradient", "weight-gradient")
+"""Similarity bases that need a backward pass over the calibration examples."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison. Fields as in ``schemas/config.schema.yaml``, definition ``method``."""
+
+    name: str
+    description: str = ""
+    merge: str | None = None
+    similarity: str = "router-logits"
+    grouping: str = "dominant"
+    budget: str = "adaptive"
+    alignment: str = "none"
+    linkage: str = "average"
+    capacity: int | None = None
+    parent: str | None = None
+    recover: bool = False
+    compress: bool = False
+    decomposition: str = "svd"
+    distillation_weight: float | None = None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether gradients (or their squares, the Fisher information) must be collected for it."""
+        return self.merge == "fisher" or (self.merge is not None and self.similarity in NEED_GRADIENTS)
+
+
+def _builtin() -> dict[str, Method]:
+    msmoe = Method(
+        "msmoe",
+        "M-SMoE: grouped by router logits, aligned, averaged by frequency",
+        merge="frequency",
+        alignment="weight",
+        recover=True,
+    )
+    plain = replace(msmoe, alignment="none")
+    made = [
+        Method(FULL, "the fine-tuned model with all its experts"),
+        msmoe,
+        Method("mcsmoe", "MC-SMoE: M-SMoE, then low-rank plus sparse experts", parent="msmoe", compress=True),
+        replace(plain, name="averaging", description="the same groups, averaged evenly, not aligned", merge="uniform"),
+        replace(plain, name="pruning", description="the dominant expert of each group answers for all", merge="prune"),
+        replace(plain, name="dropping", description="the router never chooses any but dominant experts", merge="drop"),
+        replace(plain, name="reap", description="REAP: keeps the experts with the largest saliency", merge="reap"),
+        replace(msmoe, name="fisher", description="aligned, averaged by diagonal Fisher information", merge="fisher"),
+        replace(plain, name="git-rebasin", description="Git Re-Basin: aligned in its group", merge="git-rebasin"),
+        replace(plain, name="repair", description="REPAIR: Git Re-Basin with rescaled activations", merge="repair"),
+        replace(plain, name="zipit", description="ZipIt: neurons matched within and across experts", merge="zipit"),
+        replace(
+            plain,
+            name="hc-smoe",
+            description="HC-SMoE: hierarchical clustering of expert outputs",
+            similarity="expert-output",
+            grouping="hierarchical",
+            budget="uniform",
+        ),
+        Method("compression", "low-rank plus sparse experts, none merged", compress=True),
+    ]
+    return {method.name: method for method in made}
+
+
+BUILTIN: dict[str, Method] = _builtin()
+
+
+def _close(name: str, known: list[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def require_known(field: str, name: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> None:
+    """Raise ValueError naming field, value and the known names unless ``name`` is among ``known``."""
+    names = list(known)
+    if name not in names:
+        raise ValueError(f"{field} is {name!r}, which is not known{_close(name, names)} Known: {', '.join(names)}")
+
+
+def resolve(config: Mapping[str, Any]) -> dict[str, Method]:
+    """Every method of ``config``, built-in and its own, by name.
+
+    Raises:
+        ValueError: an unknown base, similarity, grouping, merge method or parent; names the field.
+    """
+    known = dict(BUILTIN)
+    for name, changes in config["methods"].items():
+        settings = dict(changes)
+        base = settings.pop("base", None)
+        if base is not None:
+            require_known(f"methods.{name}.base", base, known)
+        start = known[base] if base else Method(name)
+        known[name] = replace(start, **{"name": name, **settings})
+    for name, method in known.items():
+        field = f"methods.{name}"
+        require_known(f"{field}.similarity", method.similarity, SIMILARITIES)
+        require_known(f"{field}.grouping", method.grouping, GROUPINGS)
+        if method.merge is not None:
+            require_known(f"{field}.merge", method.merge, MERGES)
+        if method.parent is not None:
+            require_known(f"{field}.parent", method.parent, known)
+            if known[method.parent].merge is None:
+                raise ValueError(f"{field}.parent is {method.parent!r}, which merges nothing; name a method that does")
+            if method.merge is not None or not method.compress:
+                raise ValueError(f"{field} has a parent, so it must compress (compress: true) and not merge again")
+        if method.merge is None and method.recover:
+            raise ValueError(f"{field}.recover is true, but it merges nothing (merge: null); set one of the two")
+    return known
+
+
+def stages(method: Method) -> list[str]:
+    """Checkpoints the method makes of its own, in order; the last is its result."""
+    made = ["merged"] if method.merge is not None else []
+    made += ["recovered"] if method.recover else []
+    return made + (["compressed"] if method.compress else [])
+
+
+def as_dict(method: Method) -> dict[str, Any]:
+    """The settings of a method as plain values, for parameters and tags."""
+    return {field.name: getattr(method, field.name) for field in fields(method)}

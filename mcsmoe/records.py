@@ -1,0 +1,52 @@
+"""What is published of each run: parameters, scores, costs, curves, tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from mcsmoe import methods, plots
+from mcsmoe.results import Results
+from mcsmoe.tables import read_table
+from mcsmoe.tracking import RunRecord, final_metrics
+
+_KEYS = ("task", "variant", "experts", "seed")
+_LEFT_OUT = ("tasks", "seeds", "experts", "variants", "methods", "results")
+
+
+def records(found: Results, summary: pd.DataFrame) -> list[RunRecord]:
+    """One record per method, number of experts and seed."""
+    known = methods.resolve(found.configuration)
+    rows = {tuple(row[key] for key in _KEYS): row for row in summary.to_dict("records")}
+    made = []
+    for run in found.final:
+        key = tuple(getattr(run, name) for name in _KEYS)
+        mine = [one for one in found.runs if tuple(getattr(one, name) for name in _KEYS) == key]
+        metrics = pd.concat([read_table(one.table("metrics"), "metrics") for one in mine], ignore_index=True)
+        routing = read_table(run.folder / "routing.parquet", "routing")
+        tables = {"metrics": metrics, "routing": routing}
+        figures: dict[str, Any] = {"usage": partial(plots.usage, routing)}
+        if run.groups is not None:
+            tables["groups"] = read_table(run.groups, "groups")
+            tables["similarity"] = read_table(run.groups.with_name("similarity.parquet"), "similarity")
+            figures["groups"] = partial(plots.grouping, tables["groups"])
+            figures["similarity"] = partial(plots.similarity, tables["similarity"])
+        made.append(
+            RunRecord(
+                *(run.task, run.variant, run.experts, run.seed),
+                parameters={"method": methods.as_dict(known[run.variant]), **_settings(found.configuration)},
+                tags={"stage": run.stage, "verdict": rows[key]["verdict"]},
+                metrics=final_metrics(rows[key], metrics, read_table(run.table("cost"), "cost").iloc[0].to_dict()),
+                curves=found.curves(run),
+                tables=tables,
+                figures=figures,
+            )
+        )
+    return made
+
+
+def _settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in configuration.items() if key not in _LEFT_OUT}

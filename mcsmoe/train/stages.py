@@ -1,0 +1,147 @@
+"""What fine-tuning, recovery and compression share: the plan, the batches, the selection slice and the resumable run."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mcsmoe import checkpoint, options
+from mcsmoe.artefacts import digest_files
+from mcsmoe.data.collate import TaskBatches, Tokenised, tokenize
+from mcsmoe.data.tasks import Task, load_task
+from mcsmoe.evaluate.metrics import positive_answer
+from mcsmoe.evaluate.protocols import prepare, selector
+from mcsmoe.provenance import code_digest
+from mcsmoe.tables import read_table, write_table
+from mcsmoe.train.loop import Objective, Trainer, TrainingPlan, TrainingResult
+from mcsmoe.train.state import StateStore
+from mcsmoe.train.teacher import TeacherCache
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mcsmoe.compress.residual import ResidualPruner
+
+log = logging.getLogger(__name__)
+
+
+def total_steps(settings: Mapping[str, Any], rows: int) -> tuple[int, int]:
+    """(steps in all, steps per epoch) of a section of the configuration, for so many training rows."""
+    per_epoch = max(1, math.ceil(rows / settings["batch_size"]))
+    return settings["steps"] or max(1, math.ceil(settings["epochs"] * per_epoch)), per_epoch
+
+
+def plan_of(settings: Mapping[str, Any], rows: int, seed: int) -> TrainingPlan:
+    """The plan that a section of the configuration describes, for so many training rows."""
+    steps, per_epoch = total_steps(settings, rows)
+    return TrainingPlan(
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        seed=seed,
+        **{
+            key: settings[key]
+            for key in (
+                *("learning_rate", "warmup_steps", "weight_decay", "clip_norm", "accumulation", "precision"),
+                *("schedule", "save_every", "select_every", "patience", "dropout"),
+            )
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage's model, its tokenizer and the rows it trains on, read and checked from the stage's command line."""
+
+    arguments: argparse.Namespace
+    settings: dict[str, Any]
+    model: nn.Module
+    tokenizer: Any
+    task: Task
+    train: Tokenised
+    selection: pd.DataFrame
+
+    @staticmethod
+    def of(arguments: argparse.Namespace, section: str) -> Job:
+        """Load what ``options.add_training`` names; the rows are tokenised once.
+
+        Raises:
+            ValueError: a checkpoint, table or task that is not one, a target longer than ``max_label``, or a tokenizer
+                without the tokens that are needed.
+        """
+        torch.set_num_threads(arguments.threads)
+        tokenizer = checkpoint.load_tokenizer(arguments.model)
+        rows = read_table(arguments.train, "examples")
+        return Job(
+            arguments,
+            options.settings(arguments, section),
+            checkpoint.load(arguments.model),
+            tokenizer,
+            load_task(arguments.task),
+            tokenize(rows, tokenizer, arguments.max_input, arguments.max_label),
+            read_table(arguments.selection, "examples"),
+        )
+
+    def run(
+        self, script: str, objective: Objective, pruner: ResidualPruner | None = None, inputs: Sequence[Path] = ()
+    ) -> TrainingResult:
+        """Train the model in place, from the saved state if there is one, and write the curves.
+
+        Checkpoints are selected on the selection slice by the task's main metric; never on the split that is reported.
+        """
+        arguments, settings = self.arguments, self.settings
+        read = [arguments.model, arguments.train, arguments.selection, *inputs]
+        sign = signature(script, read, settings=settings, seed=arguments.seed, device=arguments.device)
+        choose = None
+        if settings["select_every"] and len(self.selection):
+            prepared = prepare(
+                *(self.model, self.tokenizer, self.selection, self.task.protocol),
+                batch_size=4 * settings["batch_size"],
+                max_input=arguments.max_input,
+                max_label=arguments.max_label,
+                metric=self.task.metric,
+            )
+            choose = selector(prepared, positive_answer(self.selection["choices"].tolist()))
+        trainer = Trainer(
+            self.model,
+            plan_of(settings, len(self.train), arguments.seed),
+            objective,
+            TaskBatches(self.train, settings["batch_size"], arguments.seed).batch,
+            StateStore(arguments.state, sign),
+            pruner=pruner,
+            select=choose,
+            selection_metric=self.task.metric,
+            device=arguments.device,
+        )
+        result = trainer.run(f"{Path(script).stem} on {self.task.name}")
+        write_table(arguments.training, result.training, "training")
+        write_table(arguments.selected, result.selection, "selection")
+        if len(result.selection):
+            best = result.selection.loc[result.selection["best"]].iloc[-1]
+            log.info("kept the state after step %d: %s %.4f", best["step"], best["metric"], best["value"])
+        return result
+
+    def save(self, **provenance: Any) -> None:
+        """Write the checkpoint, then forget the state it was resumed from."""
+        known = {"task": self.task.name, "seed": self.arguments.seed, "settings": self.settings}
+        checkpoint.save(self.model.cpu(), self.arguments.out, self.tokenizer, {**known, **provenance})
+        StateStore(self.arguments.state, "").clear()
+
+
+def signature(script: str | Path, inputs: list[Path], **decisive: Any) -> str:
+    """Digest of everything that decides the course of a training: its code, its input files and its settings."""
+    files = [file for path in inputs for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    digest = digest_files([file for file in files if file.is_file()])
+    return StateStore.sign({"code": code_digest(script), "inputs": digest, "torch": torch.__version__, **decisive})
+
+
+def teacher_of(folder: Path | None, train: Tokenised) -> TeacherCache | None:
+    """The teacher's cache in ``folder``, checked to be of these very examples; None without one."""
+    return None if folder is None else TeacherCache(folder, train.digest)

@@ -1,0 +1,66 @@
+"""What the Snakefile needs beside its rules: task names, one run at a time, and the words at the end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+_HELD: list[int] = []
+
+
+def names_by_task(specs: Sequence[str]) -> dict[str, str]:
+    """What was configured (a name, or the path of a task file) by the name of the task.
+
+    Raises:
+        ValueError: two entries have the same name, or one is unknown.
+    """
+    from mcsmoe.data.tasks import load_task
+
+    found: dict[str, str] = {}
+    for spec in specs:
+        name = load_task(spec).name
+        if name in found:
+            raise ValueError(f"tasks names {name!r} twice ({found[name]} and {spec}); leave one out")
+        found[name] = spec
+    return found
+
+
+def task_files(folder: str, spec: str) -> dict[str, Path]:
+    """Files of the train and validation split of a task below ``folder``."""
+    from mcsmoe.data.sources import find_files
+    from mcsmoe.data.tasks import load_task
+
+    return find_files(folder, load_task(spec))
+
+
+def hold_lock(results: Path) -> None:
+    """Let one workflow at a time write into ``results``; the lock goes with the process, however it ends.
+
+    Snakemake's own lock outlives a killed run and would keep the next one from resuming, so the profile switches it off.
+
+    Raises:
+        ValueError: another workflow holds it; names the folder.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    handle = os.open(results / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise ValueError(
+            f"results is {str(results)!r}, and another workflow is writing there; wait for it or choose another folder"
+        ) from error
+    _HELD.append(handle)
+
+
+def ending(results: Path) -> str:
+    """The result table, where the report is, and how to open the tracked runs."""
+    from mcsmoe.summary import as_text
+    from mcsmoe.tables import read_table
+    from mcsmoe.tracking import ui_command
+
+    summary = read_table(results / "summary.parquet", "summary")
+    report = results / "report.html"
+    return "\n".join(["", as_text(summary), "", f"report:   {report}", f"MLflow:   {ui_command(results)}", ""])

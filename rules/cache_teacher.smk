@@ -1,0 +1,29 @@
+rule cache_teacher:
+    # The full model answers the training set once; every student learns from what is kept here.
+    input:
+        model=f"{RUN}/full",
+        train=f"{RUN}/examples/train.parquet",
+    output:
+        teacher=directory(f"{RUN}/teacher"),
+    log:
+        f"{LOGS}/cache_teacher/{{task}}-seed{{seed}}.log",
+    benchmark:
+        f"{BENCHMARKS}/cache_teacher/{{task}}-seed{{seed}}.tsv"
+    threads: CONFIG["evaluate"]["threads"]
+    resources:
+        mem_mb=3000,
+        runtime=120,
+        gpu=GPUS,
+    params:
+        code=code("cache_teacher"),
+        options=as_flags({key: CONFIG["evaluate"][key] for key in ("batch_size", "threads")}),
+        limits=limits(),
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "cache the teacher of {wildcards.task}, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/cache_teacher.py "
+        "--model {input.model:q} --train {input.train:q} --device {DEVICE} "
+        "--out {output.teacher:q} {params.limits} {params.options} "
+        "--log {log:q}"

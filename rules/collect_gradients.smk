@@ -1,0 +1,29 @@
+rule collect_gradients:
+    # Gradients and their squares on the calibration examples, for the methods that ask for them.
+    input:
+        model=f"{RUN}/full",
+        train=f"{RUN}/examples/train.parquet",
+    output:
+        gradients=f"{RUN}/gradients.safetensors",
+    log:
+        f"{LOGS}/collect_gradients/{{task}}-seed{{seed}}.log",
+    benchmark:
+        f"{BENCHMARKS}/collect_gradients/{{task}}-seed{{seed}}.tsv"
+    threads: CONFIG["calibration"]["threads"]
+    resources:
+        mem_mb=4000,
+        runtime=120,
+        gpu=GPUS,
+    params:
+        code=code("collect_gradients"),
+        options=as_flags({key: CONFIG["calibration"][key] for key in ("samples", "threads")}),
+        limits=limits(),
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "collect gradients of {wildcards.task}, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/collect_gradients.py "
+        "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {DEVICE} "
+        "--gradients {output.gradients:q} {params.limits} {params.options} "
+        "--log {log:q}"

@@ -1,0 +1,31 @@
+rule collect_routing:
+    # One streaming pass over calibration examples: what each expert receives, and what every similarity needs.
+    input:
+        model=f"{RUN}/full",
+        train=f"{RUN}/examples/train.parquet",
+    output:
+        table=f"{RUN}/routing.parquet",
+        statistics=f"{RUN}/routing.safetensors",
+    log:
+        f"{LOGS}/collect_routing/{{task}}-seed{{seed}}.log",
+    benchmark:
+        f"{BENCHMARKS}/collect_routing/{{task}}-seed{{seed}}.tsv"
+    threads: CONFIG["calibration"]["threads"]
+    resources:
+        mem_mb=3000,
+        runtime=120,
+        gpu=GPUS,
+    params:
+        code=code("collect_routing"),
+        options=options("calibration"),
+        limits=limits(),
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "collect routing statistics of {wildcards.task}, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/collect_routing.py "
+        "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {DEVICE} "
+        "--table {output.table:q} --statistics {output.statistics:q} "
+        "{params.limits} {params.options} "
+        "--log {log:q}"

@@ -1,0 +1,40 @@
+rule compress:
+    # Split every expert into low-rank and sparse parts, and prune the sparse part row by row while training.
+    input:
+        model=before_compression,
+        train=f"{RUN}/examples/train.parquet",
+        selection=f"{RUN}/examples/selection.parquet",
+        teacher=teacher("compress"),
+        routing=whitening_input,
+    output:
+        model=directory(f"{RUN}/{{variant}}/{{experts}}e/compressed"),
+        training=f"{RUN}/{{variant}}/{{experts}}e/compressed_training/training.parquet",
+        selection=f"{RUN}/{{variant}}/{{experts}}e/compressed_training/selection.parquet",
+    log:
+        f"{LOGS}/compress/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
+    benchmark:
+        f"{BENCHMARKS}/compress/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
+    threads: CONFIG["compress"]["threads"]
+    resources:
+        mem_mb=3000,
+        runtime=600,
+        gpu=GPUS,
+    params:
+        code=code("compress"),
+        given=given("teacher", "routing"),
+        state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-compressed",
+        task=lambda wildcards: TASKS[wildcards.task],
+        options=options("compress"),
+        method=method_options("distillation_weight", "decomposition"),
+        limits=limits(),
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "compress {wildcards.variant} {wildcards.experts}e on {wildcards.task}, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/compress.py "
+        "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
+        "--selection {input.selection:q} --seed {wildcards.seed} --device {DEVICE} "
+        "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
+        "--state {params.state:q} {params.limits} {params.options} {params.method} "
+        "{params.given} --log {log:q}"

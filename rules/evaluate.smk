@@ -1,0 +1,34 @@
+rule evaluate:
+    # Answers of a checkpoint on the validation split, and its scores with their intervals.
+    input:
+        model=f"{RUN}/{{checkpoint}}",
+        examples=f"{RUN}/examples/validation.parquet",
+    output:
+        predictions=f"{RUN}/{{checkpoint}}_evaluation/predictions.parquet",
+        metrics=f"{RUN}/{{checkpoint}}_evaluation/metrics.parquet",
+    log:
+        f"{LOGS}/evaluate/{{task}}-seed{{seed}}/{{checkpoint}}.log",
+    benchmark:
+        f"{BENCHMARKS}/evaluate/{{task}}-seed{{seed}}/{{checkpoint}}.tsv"
+    threads: CONFIG["evaluate"]["threads"]
+    resources:
+        mem_mb=2000,
+        runtime=120,
+        gpu=GPUS,
+    params:
+        code=code("evaluate"),
+        task=lambda wildcards: TASKS[wildcards.task],
+        names=labels_of,
+        options=options("evaluate"),
+        limits=limits(),
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "evaluate {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/evaluate.py "
+        "--model {input.model:q} --task {params.task:q} --examples {input.examples:q} "
+        "--seed {wildcards.seed} {params.names} --device {DEVICE} "
+        "--predictions {output.predictions:q} --metrics {output.metrics:q} "
+        "{params.limits} {params.options} "
+        "--log {log:q}"

@@ -1,0 +1,36 @@
+rule finetune:
+    # Train the full model on the task, every expert and the router.
+    input:
+        model=f"{RESULTS}/base/seed{{seed}}/model",
+        train=f"{RUN}/examples/train.parquet",
+        selection=f"{RUN}/examples/selection.parquet",
+    output:
+        model=directory(f"{RUN}/full"),
+        training=f"{RUN}/full_training/training.parquet",
+        selection=f"{RUN}/full_training/selection.parquet",
+    log:
+        f"{LOGS}/finetune/{{task}}-seed{{seed}}.log",
+    benchmark:
+        f"{BENCHMARKS}/finetune/{{task}}-seed{{seed}}.tsv"
+    threads: CONFIG["finetune"]["threads"]
+    resources:
+        mem_mb=3000,
+        runtime=600,
+        gpu=GPUS,
+    params:
+        code=code("finetune"),
+        state=f"{STATE}/{{task}}/seed{{seed}}/full",
+        task=lambda wildcards: TASKS[wildcards.task],
+        options=options("finetune"),
+        limits=limits(),
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "fine-tune the full model on {wildcards.task}, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/finetune.py "
+        "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
+        "--selection {input.selection:q} --seed {wildcards.seed} --device {DEVICE} "
+        "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
+        "--state {params.state:q} {params.limits} {params.options} "
+        "--log {log:q}"

@@ -1,0 +1,27 @@
+rule generate_data:
+    # Data sets in the hub's own schema from the generator, so that everything after this reads real files.
+    output:
+        train=f"{RESULTS}/data/{{task}}/train.parquet",
+        validation=f"{RESULTS}/data/{{task}}/validation.parquet",
+    log:
+        f"{LOGS}/generate_data/{{task}}.log",
+    benchmark:
+        f"{BENCHMARKS}/generate_data/{{task}}.tsv"
+    threads: 1
+    resources:
+        mem_mb=800,
+        runtime=10,
+    params:
+        code=code("generate_data"),
+        task=lambda wildcards: TASKS[wildcards.task],
+        options=as_flags({key: CONFIG["data"][key] for key in ("seed", "train_rows", "validation_rows")}),
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "generate data for {wildcards.task}"
+    shell:
+        "python {SCRIPTS:q}/generate_data.py "
+        "--task {params.task:q} "
+        "--train {output.train:q} --validation {output.validation:q} "
+        "{params.options} "
+        "--log {log:q}"

@@ -1,0 +1,30 @@
+rule group:
+    # Which experts of each layer are merged into which group.
+    input:
+        unpack(grouping_input),
+    output:
+        similarity=f"{RUN}/{{variant}}/{{experts}}e/similarity.parquet",
+        groups=f"{RUN}/{{variant}}/{{experts}}e/groups.parquet",
+    log:
+        f"{LOGS}/group/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
+    benchmark:
+        f"{BENCHMARKS}/group/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
+    threads: CONFIG["merge"]["threads"]
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        code=code("group"),
+        given=given("gradients", "permutation"),
+        method=method_options("similarity", "grouping", "budget", "linkage", "merge"),
+        options=grouping_options,
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "group the experts of {wildcards.task} for {wildcards.variant}, {wildcards.experts} on average, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/group.py "
+        "--model {input.model:q} --routing {input.routing:q} --seed {wildcards.seed} "
+        "--experts {wildcards.experts} --similarity-table {output.similarity:q} --groups {output.groups:q} "
+        "{params.method} {params.options} "
+        "{params.given} --log {log:q}"

@@ -1,0 +1,29 @@
+rule merge:
+    # Every group becomes one expert, stored once; the router keeps its outputs and is redirected.
+    input:
+        unpack(grouping_input),
+        groups=f"{RUN}/{{variant}}/{{experts}}e/groups.parquet",
+    output:
+        model=directory(f"{RUN}/{{variant}}/{{experts}}e/merged"),
+    log:
+        f"{LOGS}/merge/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
+    benchmark:
+        f"{BENCHMARKS}/merge/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
+    threads: CONFIG["merge"]["threads"]
+    resources:
+        mem_mb=3000,
+        runtime=60,
+    params:
+        code=code("merge"),
+        given=given("gradients", "permutation"),
+        method=method_options("merge", "alignment"),
+        options=as_flags({"threads": CONFIG["merge"]["threads"]}),
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "merge the experts of {wildcards.task} by {wildcards.variant} to {wildcards.experts}, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/merge.py "
+        "--model {input.model:q} --groups {input.groups:q} --routing {input.routing:q} --seed {wildcards.seed} "
+        "--out {output.model:q} {params.method} {params.options} "
+        "{params.given} --log {log:q}"

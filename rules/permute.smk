@@ -1,0 +1,29 @@
+rule permute:
+    # Align the neurons of every expert to those of expert 0: the same function, in an order that can be averaged.
+    input:
+        unpack(alignment_input),
+    output:
+        model=directory(f"{RUN}/permuted{{how}}"),
+        permutation=f"{RUN}/permutation{{how}}.parquet",
+    log:
+        f"{LOGS}/permute/{{task}}-seed{{seed}}{{how}}.log",
+    benchmark:
+        f"{BENCHMARKS}/permute/{{task}}-seed{{seed}}{{how}}.tsv"
+    threads: CONFIG["merge"]["threads"]
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        code=code("permute"),
+        given=given("routing"),
+        alignment=lambda wildcards: (wildcards.how or "-weight")[1:],
+        options=as_flags({"threads": CONFIG["merge"]["threads"]}),
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "align the experts of {wildcards.task}, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/permute.py "
+        "--model {input.model:q} --alignment {params.alignment} "
+        "--out {output.model:q} --permutation {output.permutation:q} {params.options} "
+        "{params.given} --log {log:q}"

@@ -1,0 +1,31 @@
+rule prepare:
+    # Take the configured checkpoint, or build a Switch Transformer, train its tokenizer and pre-train it.
+    input:
+        unpack(pretraining_input),
+    output:
+        model=directory(f"{RESULTS}/base/seed{{seed}}/model"),
+        training=f"{RESULTS}/base/seed{{seed}}/training.parquet",
+    log:
+        f"{LOGS}/prepare/seed{{seed}}.log",
+    benchmark:
+        f"{BENCHMARKS}/prepare/seed{{seed}}.tsv"
+    threads: CONFIG["pretrain"]["threads"]
+    resources:
+        mem_mb=3000,
+        runtime=600,
+        gpu=GPUS,
+    params:
+        code=code("prepare"),
+        state=f"{STATE}/base/seed{{seed}}",
+        source=model_source,
+        options=pretraining_options,
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "prepare the base model, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/prepare.py "
+        "{params.source} --seed {wildcards.seed} --device {DEVICE} "
+        "--model {output.model:q} --training {output.training:q} --state {params.state:q} "
+        "{params.options} "
+        "--log {log:q}"

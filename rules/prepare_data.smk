@@ -1,0 +1,31 @@
+rule prepare_data:
+    # Raw rows become prompts, targets and choices; a slice of the training set is set aside to select checkpoints on.
+    input:
+        unpack(raw_data),
+    output:
+        train=f"{RUN}/examples/train.parquet",
+        selection=f"{RUN}/examples/selection.parquet",
+        validation=f"{RUN}/examples/validation.parquet",
+    log:
+        f"{LOGS}/prepare_data/{{task}}-seed{{seed}}.log",
+    benchmark:
+        f"{BENCHMARKS}/prepare_data/{{task}}-seed{{seed}}.tsv"
+    threads: 1
+    resources:
+        mem_mb=1500,
+        runtime=20,
+    params:
+        code=code("prepare_data"),
+        task=lambda wildcards: TASKS[wildcards.task],
+        source=raw_source,
+        options=as_flags({key: CONFIG["data"][key] for key in ("train_rows", "validation_rows", "selection_rows")}),
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "prepare the examples of {wildcards.task}, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/prepare_data.py "
+        "--task {params.task:q} {params.source} --seed {wildcards.seed} "
+        "--train {output.train:q} --selection {output.selection:q} --validation {output.validation:q} "
+        "{params.options} "
+        "--log {log:q}"

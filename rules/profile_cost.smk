@@ -1,0 +1,29 @@
+rule profile_cost:
+    # Parameters, bytes, memory, FLOPs and time of a checkpoint. Runs alone: a neighbour would be timed with it.
+    input:
+        model=f"{RUN}/{{checkpoint}}",
+    output:
+        table=f"{RUN}/{{checkpoint}}_cost/cost.parquet",
+    log:
+        f"{LOGS}/profile_cost/{{task}}-seed{{seed}}/{{checkpoint}}.log",
+    benchmark:
+        f"{BENCHMARKS}/profile_cost/{{task}}-seed{{seed}}/{{checkpoint}}.tsv"
+    threads: workflow.cores or 1
+    resources:
+        mem_mb=3000,
+        runtime=60,
+        gpu=GPUS,
+    params:
+        code=code("profile_cost"),
+        task=lambda wildcards: TASKS[wildcards.task],
+        names=labels_of,
+        options=options("cost"),
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "profile the cost of {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/profile_cost.py "
+        "--model {input.model:q} --task {params.task:q} --seed {wildcards.seed} {params.names} "
+        "--device {DEVICE} --table {output.table:q} {params.options} "
+        "--log {log:q}"

@@ -1,0 +1,28 @@
+rule publish:
+    # Everything goes to MLflow, once, from one process; publishing again replaces.
+    input:
+        unpack(everything_measured),
+        summary=f"{RESULTS}/summary.parquet",
+    output:
+        marker=f"{RESULTS}/published.json",
+    log:
+        f"{LOGS}/publish/all.log",
+    benchmark:
+        f"{BENCHMARKS}/publish/all.tsv"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        code=code("publish"),
+        runs=RUN_LIST,
+        configuration=CONFIG_JSON,
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "publish to MLflow"
+    shell:
+        "python {SCRIPTS:q}/publish.py "
+        "--results {RESULTS:q} --runs {params.runs:q} --configuration {params.configuration:q} "
+        "--summary {input.summary:q} --marker {output.marker:q} "
+        "--log {log:q}"

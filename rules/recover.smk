@@ -1,0 +1,39 @@
+rule recover:
+    # Train the merged model on, routers frozen, with the full model as teacher.
+    input:
+        model=f"{RUN}/{{variant}}/{{experts}}e/merged",
+        train=f"{RUN}/examples/train.parquet",
+        selection=f"{RUN}/examples/selection.parquet",
+        teacher=teacher("recover"),
+    output:
+        model=directory(f"{RUN}/{{variant}}/{{experts}}e/recovered"),
+        training=f"{RUN}/{{variant}}/{{experts}}e/recovered_training/training.parquet",
+        selection=f"{RUN}/{{variant}}/{{experts}}e/recovered_training/selection.parquet",
+    log:
+        f"{LOGS}/recover/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
+    benchmark:
+        f"{BENCHMARKS}/recover/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
+    threads: CONFIG["recover"]["threads"]
+    resources:
+        mem_mb=3000,
+        runtime=600,
+        gpu=GPUS,
+    params:
+        code=code("recover"),
+        given=given("teacher"),
+        state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-recovered",
+        task=lambda wildcards: TASKS[wildcards.task],
+        options=options("recover"),
+        method=method_options("distillation_weight"),
+        limits=limits(),
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "win the quality of {wildcards.variant} {wildcards.experts}e back on {wildcards.task}, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/recover.py "
+        "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
+        "--selection {input.selection:q} --seed {wildcards.seed} --device {DEVICE} "
+        "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
+        "--state {params.state:q} {params.limits} {params.options} {params.method} "
+        "{params.given} --log {log:q}"

@@ -1,0 +1,28 @@
+rule summarise:
+    # One table of everything, and the report.
+    input:
+        unpack(everything_measured),
+    output:
+        summary=f"{RESULTS}/summary.parquet",
+        report=f"{RESULTS}/report.html",
+    log:
+        f"{LOGS}/summarise/all.log",
+    benchmark:
+        f"{BENCHMARKS}/summarise/all.tsv"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        code=code("summarise"),
+        runs=RUN_LIST,
+        configuration=CONFIG_JSON,
+    conda:
+        "../envs/mcsmoe.yaml"
+    message:
+        "summarise and report"
+    shell:
+        "python {SCRIPTS:q}/summarise.py "
+        "--results {RESULTS:q} --runs {params.runs:q} --configuration {params.configuration:q} "
+        "--benchmarks {BENCHMARKS:q} --summary {output.summary:q} --report {output.report:q} "
+        "--log {log:q}"

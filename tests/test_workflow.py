@@ -1,0 +1,238 @@
+"""The real workflow on tiny input: artefacts, caching, partial reruns, kill and resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from mcsmoe.tables import MEASURED, SCHEMAS, read_table
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ["Snakefile", "mcsmoe", "rules", "schemas", "workflow_scripts", "profiles", "envs", "config.yaml"]
+TINY = yaml.safe_load((ROOT / "tests" / "tiny_workflow.yaml").read_text())
+
+pytestmark = pytest.mark.workflow
+
+
+class Project:
+    """A copy of the project in a folder with a space in its name, with a configuration of its own."""
+
+    def __init__(self, place: Path, config: dict[str, Any] | None = None) -> None:
+        self.place = place
+        place.mkdir(parents=True)
+        for part in PARTS:
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, place / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, place / part)
+        self.configure(config or TINY)
+
+    def configure(self, config: dict[str, Any]) -> None:
+        (self.place / "config.yaml").write_text(yaml.safe_dump(config))
+
+    @property
+    def results(self) -> Path:
+        return self.place / "results"
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
+        environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+        return subprocess.Popen(
+            command,
+            cwd=self.place,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str, expect: int = 0) -> str:
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=900)
+        logs = "\n".join(f"== {path}\n{path.read_text()[-1500:]}" for path in self.results.glob("logs/**/*.log"))
+        assert process.returncode == expect, f"{output[-4000:]}\n{logs[-4000:] if expect == 0 else ''}"
+        return output
+
+    def planned(self) -> dict[str, int]:
+        """Jobs per rule that a run would do now."""
+        output = self.run("--dry-run", "--quiet", "rules")
+        if "Nothing to be done" in output:
+            return {}
+        counts = re.findall(r"^(\w+)\s+(\d+)\s*$", output, re.MULTILINE)
+        return {rule: int(count) for rule, count in counts if rule not in ("total", "all")}
+
+    def kill_when(self, ready: Any, *arguments: str) -> None:
+        """Start the workflow and end its whole process group without warning as soon as ``ready`` says so."""
+        process = self.start(*arguments)
+        deadline = time.monotonic() + 300
+        while not ready() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.poll() is None, f"it ended before it could be killed:\n{process.communicate()[0][-3000:]}"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = Project(tmp_path_factory.mktemp("work flow") / "a clone")
+    output = project.run()
+    assert "mlflow" in output
+    assert "report.html" in output
+    return project
+
+
+def tables(project: Project) -> dict[str, Path]:
+    return {str(path.relative_to(project.results)): path for path in sorted(project.results.rglob("*.parquet"))}
+
+
+def same_tables(one: Project, other: Project) -> None:
+    """Every parquet file agrees in all but the columns that a clock or a scale has measured."""
+    assert set(tables(one)) == set(tables(other))
+    for name, path in tables(one).items():
+        left, right = (pq.read_table(file).to_pandas() for file in (path, tables(other)[name]))
+        measured = [column for column in MEASURED if column in left.columns]
+        pd.testing.assert_frame_equal(left.drop(columns=measured), right.drop(columns=measured), obj=name)
+
+
+def same_weights(one: Project, other: Project) -> None:
+    files = sorted(path.relative_to(one.results) for path in one.results.rglob("*.safetensors"))
+    assert len(files) > 8
+    for file in files:
+        assert (one.results / file).read_bytes() == (other.results / file).read_bytes(), file
+
+
+def test_artefacts_have_their_schemas_and_checkpoints_load(done: Project) -> None:
+    run = done.results / "COPA" / "seed0"
+    for name, path in tables(done).items():
+        if not name.startswith("data/"):
+            schema = next(s for s in SCHEMAS if path.stem == s or (path.parent.name == "examples" and s == "examples"))
+            read_table(path, schema)
+    routing = read_table(run / "routing.parquet", "routing")
+    assert routing.groupby("layer")["frequency"].sum().tolist() == pytest.approx([1.0, 1.0])
+    groups = read_table(run / "msmoe" / "2e" / "groups.parquet", "groups")
+    assert groups.groupby(["layer", "group"])["weight"].sum().tolist() == pytest.approx([1.0] * 4)
+    assert groups["dominant"].sum() == 4  # two experts on average in two layers
+    summary = read_table(done.results / "summary.parquet", "summary")
+    assert summary["variant"].tolist() == TINY["variants"]
+    sizes = summary.set_index("variant")["parameters"]
+    assert sizes["mcsmoe"] < sizes["msmoe"] == sizes["averaging"] < sizes["full"]
+    assert summary["p_value"].isna().tolist() == [True, False, False, False]
+    check = (
+        "import transformers, sys\n"
+        "for folder in sys.argv[1:]:\n"
+        "    _, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True)\n"
+        "    assert not info['missing_keys'] and not info['unexpected_keys'], info\n"
+        "    transformers.AutoTokenizer.from_pretrained(folder)\n"
+        "assert 'mcsmoe' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", check, run / "full", run / "permuted"], check=True)
+
+
+def test_published_runs_are_in_the_store_once(done: Project) -> None:
+    done.run("--force", "publish")
+    check = (
+        "import mlflow, json, sys\n"
+        "mlflow.set_tracking_uri('sqlite:///' + sys.argv[1])\n"
+        "experiments = [e for e in mlflow.search_experiments() if 'COPA' in e.name]\n"
+        "runs = mlflow.search_runs([e.experiment_id for e in experiments], output_format='list')\n"
+        "print(json.dumps([len(experiments), sorted(r.data.tags['variant'] for r in runs)]))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", check, str(done.results / "mlflow.db")], capture_output=True, text=True, check=True
+    )
+    assert json.loads(found.stdout.splitlines()[-1]) == [1, sorted(TINY["variants"])]
+
+
+def test_a_second_run_does_nothing(done: Project) -> None:
+    assert done.planned() == {}
+    assert "Nothing to be done" in done.run()
+
+
+def test_a_changed_merge_option_reruns_grouping_and_what_follows(done: Project) -> None:
+    done.configure(TINY | {"methods": {"msmoe": {"base": "msmoe", "similarity": "weight"}}})
+    planned = done.planned()
+    done.configure(TINY)
+    assert planned["group"] == planned["merge"] == planned["recover"] == planned["compress"] == 1
+    assert planned["evaluate"] == planned["profile_cost"] == 2
+    assert not {"prepare", "finetune", "permute", "collect_routing", "cache_teacher"} & set(planned)
+
+
+def test_changed_code_reruns_the_rules_that_use_it(done: Project) -> None:
+    def planned_with(module: str) -> set[str]:
+        path = done.place / "mcsmoe" / module
+        text = path.read_text()
+        path.write_text(text + "\n# changed\n")
+        found = set(done.planned())
+        path.write_text(text)
+        return found
+
+    after_grouping = {"group", "merge", "recover", "compress", "evaluate", "profile_cost", "summarise", "publish"}
+    assert planned_with("grouping/dominant.py") == after_grouping
+    assert planned_with("report.py") == {"summarise", "publish"}
+    assert planned_with("tracking.py") == {"publish"}
+    assert done.planned() == {}
+
+
+@pytest.mark.parametrize(
+    "stage",
+    ["base/seed0", "COPA/seed0/full", "COPA/seed0/msmoe-2e-recovered", "COPA/seed0/mcsmoe-2e-compressed"],
+)
+def test_a_killed_training_resumes_and_ends_the_same(done: Project, tmp_path: Path, stage: str) -> None:
+    killed = Project(tmp_path / "killed run")
+    # What came before the stage is taken over, so that each test kills the stage it is about.
+    taken = ["data", "base", "COPA"] if stage != "base/seed0" else ["data"]
+    for part in taken:
+        shutil.copytree(done.results / part, killed.results / part)
+    shutil.copytree(done.place / ".snakemake", killed.place / ".snakemake")
+    made = stage.split("/")[-1]
+    remove = {
+        "full": ["COPA/seed0/full"],
+        "msmoe-2e-recovered": ["COPA/seed0/msmoe/2e/recovered"],
+        "mcsmoe-2e-compressed": ["COPA/seed0/mcsmoe/2e/compressed"],
+    }
+    for folder in remove.get(made, []):
+        shutil.rmtree(killed.results / folder)
+    state = killed.results / ".state" / stage
+    killed.kill_when(lambda: any(state.glob("step-*.safetensors")))
+    assert not list(killed.results.rglob("published.json"))
+    killed.run()
+    log = next(path for path in killed.results.glob("logs/**/*.log") if "resuming after step" in path.read_text())
+    assert log.parent.name in ("prepare", "finetune", "recover", "compress")
+    assert not state.exists()
+    same_tables(done, killed)
+    same_weights(done, killed)
+
+
+def test_bad_input_touches_nothing(done: Project) -> None:
+    before = {name: path.stat().st_mtime_ns for name, path in tables(done).items()}
+    bad = {
+        "calibration.samples": TINY | {"calibration": {"samples": 0}},
+        "experts": TINY | {"experts": [5]},
+        "variants": TINY | {"variants": ["full", "mmsmoe"]},
+        "nonsense": TINY | {"nonsense": 1},
+    }
+    for field, config in bad.items():
+        done.configure(config)
+        output = done.run(expect=1)
+        assert field in output
+        assert "Traceback" not in output
+    done.configure(TINY)
+    assert {name: path.stat().st_mtime_ns for name, path in tables(done).items()} == before
+    assert done.planned() == {}

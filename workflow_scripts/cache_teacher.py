@@ -1,0 +1,50 @@
+"""Run the full model once over the training set and keep its final decoder states, for every student to learn from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mcsmoe import console, options
+
+EXAMPLE = "python workflow_scripts/cache_teacher.py --model full --train train.parquet --out teacher"
+
+
+def parse() -> argparse.Namespace:
+    parser = console.parser(__doc__, EXAMPLE)
+    parser.add_argument("--model", type=Path, required=True, help="the full model")
+    parser.add_argument("--train", type=Path, required=True, help="training examples")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", type=Path, required=True, help="written: folder of the cache")
+    options.add_section(parser, "data", only=("max_input", "max_label"))
+    options.add_section(parser, "evaluate", only=("batch_size", "threads"))
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mcsmoe import checkpoint
+    from mcsmoe.data.collate import collate, evaluation_batches, tokenize
+    from mcsmoe.device import pick
+    from mcsmoe.tables import read_table
+    from mcsmoe.train.teacher import cache_teacher
+
+    torch.set_num_threads(arguments.threads)
+    device = pick(arguments.device)
+    model, tokenizer = checkpoint.load(arguments.model, device=device), checkpoint.load_tokenizer(arguments.model)
+    rows = read_table(arguments.train, "examples")
+    train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label)
+    cache_teacher(
+        model,
+        evaluation_batches(train, arguments.batch_size),
+        lambda indices: collate(train, indices),
+        train.label_lengths.tolist(),
+        arguments.out,
+        {"examples": train.digest, "model": str(arguments.model)},
+        device,
+    )
+
+
+if __name__ == "__main__":
+    console.run(main, parse())

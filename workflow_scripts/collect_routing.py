@@ -1,0 +1,55 @@
+"""Collect routing statistics: what each expert receives on real tokens, and what every similarity needs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mcsmoe import console, options
+
+EXAMPLE = (
+    "python workflow_scripts/collect_routing.py --model full --train train.parquet --samples 256 "
+    "--table routing.parquet --statistics routing.safetensors"
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = console.parser(__doc__, EXAMPLE)
+    parser.add_argument("--model", type=Path, required=True, help="the fine-tuned model")
+    parser.add_argument("--train", type=Path, required=True, help="training examples to draw from")
+    parser.add_argument("--seed", type=int, default=0, help="which examples and tokens are drawn")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--table", type=Path, required=True, help="written: one row per layer and expert")
+    parser.add_argument("--statistics", type=Path, required=True, help="written: sufficient statistics")
+    options.add_section(parser, "data", only=("max_input", "max_label"))
+    options.add_section(parser, "calibration")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mcsmoe import calibrate, checkpoint
+    from mcsmoe.adapters.registry import adapter_for
+    from mcsmoe.data.collate import calibration_batches, tokenize
+    from mcsmoe.device import pick
+    from mcsmoe.routing import RoutingStatistics
+    from mcsmoe.tables import read_table, write_table
+    from mcsmoe.transform import routing_frame
+
+    torch.set_num_threads(arguments.threads)
+    model = checkpoint.load(arguments.model, device=pick(arguments.device))
+    tokenizer = checkpoint.load_tokenizer(arguments.model)
+    rows = read_table(arguments.train, "examples")
+    train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label)
+    batches = calibration_batches(train, arguments.samples, arguments.batch_size, arguments.seed)
+    statistics = calibrate.collect_routing(
+        *(model, adapter_for(model), batches, len(batches)),
+        RoutingStatistics(reservoir=arguments.reservoir, whiten=True, seed=arguments.seed),
+    )
+    write_table(arguments.table, routing_frame(statistics), "routing")
+    calibrate.save_tensors(arguments.statistics, statistics.tensors())
+
+
+if __name__ == "__main__":
+    console.run(main, parse())

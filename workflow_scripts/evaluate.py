@@ -1,0 +1,79 @@
+"""Answer the validation split with a checkpoint, and score the answers with their 95 % intervals."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mcsmoe import console, options
+
+EXAMPLE = (
+    "python workflow_scripts/evaluate.py --model recovered --task SST-2 --examples validation.parquet "
+    "--variant msmoe --experts 4 --stage recovered --predictions predictions.parquet --metrics metrics.parquet"
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = console.parser(__doc__, EXAMPLE)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint, stock or compact")
+    parser.add_argument("--task", required=True, help="task name, or path of a task file")
+    parser.add_argument("--examples", type=Path, required=True, help="examples of the split to report")
+    options.add_labels(parser)
+    parser.add_argument("--split", default="validation", help="name of the split, for the table")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--predictions", type=Path, required=True, help="written: one row per example")
+    parser.add_argument("--metrics", type=Path, required=True, help="written: scores")
+    options.add_section(parser, "data", only=("max_input", "max_label"))
+    options.add_section(parser, "evaluate")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import pandas as pd
+    import torch
+
+    from mcsmoe import checkpoint
+    from mcsmoe.data.tasks import load_task
+    from mcsmoe.device import pick
+    from mcsmoe.evaluate.confidence import interval
+    from mcsmoe.evaluate.metrics import positive_answer
+    from mcsmoe.evaluate.protocols import predict
+    from mcsmoe.tables import read_table, write_table
+
+    torch.set_num_threads(arguments.threads)
+    device = pick(arguments.device)
+    model, tokenizer = checkpoint.load(arguments.model, device=device), checkpoint.load_tokenizer(arguments.model)
+    task = load_task(arguments.task)
+    protocol = task.protocol if arguments.protocol == "auto" else arguments.protocol
+    examples = read_table(arguments.examples, "examples")
+    predictions = predict(
+        *(model, tokenizer, examples, protocol),
+        batch_size=arguments.batch_size,
+        max_input=arguments.max_input,
+        max_label=arguments.max_label,
+        metric=task.metric,
+    )
+    positive = positive_answer(examples["choices"].tolist())
+    rows = []
+    for metric in task.metrics:
+        found = interval(metric, predictions, positive, resamples=arguments.bootstrap, seed=arguments.seed)
+        rows.append(
+            {
+                **options.labels(arguments, task.name),
+                "split": arguments.split,
+                "protocol": protocol,
+                "metric": metric,
+                "value": found.value,
+                "ci_low": found.low,
+                "ci_high": found.high,
+                "n": found.n,
+            }
+        )
+        words = f"{metric} {found.value:.4f} (95 % interval {found.low:.4f} to {found.high:.4f}, n = {found.n})"
+        console.log.info(words)
+    write_table(arguments.predictions, predictions, "predictions")
+    write_table(arguments.metrics, pd.DataFrame(rows), "metrics")
+
+
+if __name__ == "__main__":
+    console.run(main, parse())

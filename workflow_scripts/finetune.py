@@ -1,0 +1,34 @@
+"""Fine-tune the full model on a task: every expert, the routers and all the rest."""
+
+from __future__ import annotations
+
+import argparse
+
+from mcsmoe import console, options
+
+EXAMPLE = (
+    "python workflow_scripts/finetune.py --model base --task SST-2 --train train.parquet "
+    "--selection selection.parquet --out full --training training.parquet --selected selected.parquet "
+    "--state .state/full --epochs 3"
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = console.parser(__doc__, EXAMPLE)
+    options.add_training(parser, "finetune")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from mcsmoe.adapters.registry import adapter_for
+    from mcsmoe.train.objectives import TaskObjective
+    from mcsmoe.train.stages import Job
+
+    job = Job.of(arguments, "finetune")
+    weights = {key: job.settings[key] for key in ("balance_weight", "z_weight")}
+    job.run(__file__, TaskObjective(adapter_for(job.model), **weights))
+    job.save(stage="finetune")
+
+
+if __name__ == "__main__":
+    console.run(main, parse())

@@ -1,0 +1,58 @@
+"""Merge every group of experts into one that is stored once; the router keeps its outputs and is redirected."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mcsmoe import console, methods, options
+
+EXAMPLE = (
+    "python workflow_scripts/merge.py --model permuted --permutation permutation.parquet --groups groups.parquet "
+    "--routing routing.safetensors --merge frequency --out merged"
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = console.parser(__doc__, EXAMPLE)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint whose experts are merged")
+    parser.add_argument("--permutation", type=Path, help="neuron order, if changed after calibration")
+    parser.add_argument("--groups", type=Path, required=True, help="groups")
+    parser.add_argument("--routing", type=Path, required=True, help="routing statistics")
+    parser.add_argument("--gradients", type=Path, help="Fisher information, for merging by it")
+    parser.add_argument("--merge", choices=methods.MERGES, default="frequency", help="merge method")
+    parser.add_argument("--alignment", default="none", help="weight-dominant or activation-dominant")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights")
+    parser.add_argument("--out", type=Path, required=True, help="written: compact checkpoint folder")
+    options.add_section(parser, "merge", only=("threads",))
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mcsmoe import checkpoint, transform
+    from mcsmoe.adapters.registry import adapter_for
+    from mcsmoe.artefacts import digest_directory
+    from mcsmoe.tables import read_table
+
+    torch.set_num_threads(arguments.threads)
+    model = checkpoint.load(arguments.model)
+    adapter = adapter_for(model)
+    evidence = transform.Evidence.read(arguments.routing, arguments.gradients, arguments.permutation)
+    groupings = transform.groupings_of(read_table(arguments.groups, "groups"), adapter.layers(model))
+    for layer, grouping in console.progress(groupings.items(), "merge", total=len(groupings)):
+        if grouping.num_groups == grouping.num_experts:
+            continue
+        transform.merge_layer(
+            *(model, adapter, layer, grouping, arguments.merge, evidence),
+            alignment=arguments.alignment,
+            seed=arguments.seed,
+            workers=arguments.threads,
+        )
+    provenance = {"stage": "merge", "merge": arguments.merge, "parent": digest_directory(arguments.model)}
+    checkpoint.save(model, arguments.out, checkpoint.load_tokenizer(arguments.model), provenance)
+
+
+if __name__ == "__main__":
+    console.run(main, parse())

@@ -1,0 +1,57 @@
+"""Align the neurons of every expert to those of expert 0; the model computes the same function afterwards."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mcsmoe import console, options
+
+EXAMPLE = "python workflow_scripts/permute.py --model full --out permuted --permutation permutation.parquet"
+
+
+def parse() -> argparse.Namespace:
+    parser = console.parser(__doc__, EXAMPLE)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint whose experts are aligned")
+    parser.add_argument("--alignment", choices=["weight", "weight-input", "activation"], default="weight", help="what")
+    parser.add_argument("--routing", type=Path, help="routing statistics, for alignment by activations")
+    parser.add_argument("--out", type=Path, required=True, help="written: checkpoint folder")
+    parser.add_argument("--permutation", type=Path, required=True, help="written: the permutations")
+    options.add_section(parser, "merge", only=("threads",))
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mcsmoe import checkpoint, transform
+    from mcsmoe.adapters.registry import adapter_for
+    from mcsmoe.align import apply_permutation
+    from mcsmoe.calibrate import load_statistics
+    from mcsmoe.tables import write_table
+
+    torch.set_num_threads(arguments.threads)
+    model = checkpoint.load(arguments.model)
+    adapter = adapter_for(model)
+    statistics = load_statistics(arguments.routing) if arguments.routing else None
+    alignments = {}
+    for layer in console.progress(adapter.layers(model), "alignment"):
+        weights = adapter.read_experts(model, layer)
+        weights.require_finite(layer)
+        reference_E = torch.zeros(weights.num_experts, dtype=torch.int64)
+        alignments[layer] = transform.align_layer(
+            weights,
+            reference_E,
+            arguments.alignment,
+            None if statistics is None else statistics.layers[layer],
+            adapter.activation(model, layer),
+            arguments.threads,
+        )
+        adapter.write_experts(model, layer, apply_permutation(weights, alignments[layer].permutation_EF))
+    write_table(arguments.permutation, transform.permutation_frame(alignments), "permutation")
+    tokenizer = checkpoint.load_tokenizer(arguments.model)
+    checkpoint.save(model, arguments.out, tokenizer, {"stage": "permute", "alignment": arguments.alignment})
+
+
+if __name__ == "__main__":
+    console.run(main, parse())

@@ -1,0 +1,124 @@
+"""Take a Mixture-of-Experts checkpoint, or build a Switch Transformer, train its tokenizer and pre-train it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mcsmoe import console, options
+from mcsmoe.schema import fill, section
+
+EXAMPLE = (
+    "python workflow_scripts/prepare.py --corpus files --files wikitext/train.parquet --steps 1000 "
+    "--model base --training base.parquet --state .state/base"
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = console.parser(__doc__, EXAMPLE)
+    parser.add_argument("--checkpoint", help="folder or hub name of a model to take as it is")
+    parser.add_argument("--corpus-seed", type=int, default=0, help="of the generated corpus")
+    parser.add_argument("--examples", type=Path, nargs="*", default=[], help="examples to train on as text")
+    parser.add_argument("--architecture", type=json.loads, default={}, help="fields of the model's configuration, JSON")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--model", type=Path, required=True, help="written: checkpoint folder")
+    parser.add_argument("--training", type=Path, required=True, help="written: training curve")
+    parser.add_argument("--state", type=Path, required=True, help="folder of the state to resume from")
+    options.add_section(parser, "pretrain")
+    for key, part in section("model")["tokenizer"]["properties"].items():
+        kind = {"integer": int}.get(part["type"])
+        flag = "--" + key.replace("_", "-")
+        if kind is None:
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=part["default"], help=part["description"]
+            )
+        else:
+            parser.add_argument(flag, type=kind, default=part["default"], help=part["description"])
+    return parser.parse_args()
+
+
+def take(arguments: argparse.Namespace) -> None:
+    """Load the given checkpoint, which checks it, and write it where the workflow expects it."""
+    from mcsmoe import checkpoint, tables
+
+    model = checkpoint.load(arguments.checkpoint)
+    tokenizer = checkpoint.load_tokenizer(arguments.checkpoint)
+    tables.write_table(arguments.training, tables.empty("training"), "training")
+    checkpoint.save(model, arguments.model, tokenizer, provenance={"checkpoint": str(arguments.checkpoint)})
+
+
+def texts(arguments: argparse.Namespace) -> list[str]:
+    """The corpus, one paragraph an entry."""
+    from mcsmoe.data import sources
+    from mcsmoe.tables import read_table
+
+    source: dict[str, Any] = {"kind": "synthetic"}
+    if arguments.corpus == "files":
+        source = {"kind": "files", "files": arguments.files, "column": arguments.column}
+    found = list(sources.corpus(source, arguments.corpus_seed))
+    for file in arguments.examples:
+        found += read_table(file, "examples")["input"].tolist()
+    return found
+
+
+def build(arguments: argparse.Namespace) -> None:
+    """Train a tokenizer and a model on the corpus."""
+    import numpy as np
+    import torch
+
+    from mcsmoe import checkpoint
+    from mcsmoe.adapters.registry import adapter_for
+    from mcsmoe.tables import write_table
+    from mcsmoe.train.loop import Trainer
+    from mcsmoe.train.objectives import TaskObjective
+    from mcsmoe.train.pretrain import SpanCorruption, build_switch
+    from mcsmoe.train.stages import plan_of, signature
+    from mcsmoe.train.state import StateStore
+    from mcsmoe.train.tokenizer import sentinel_ids, train_tokenizer
+
+    torch.set_num_threads(arguments.threads)
+    settings = options.settings(arguments, "pretrain")
+    architecture = fill(arguments.architecture, section("model")["architecture"])
+    corpus = texts(arguments)
+    tokenizer = train_tokenizer(corpus, arguments.vocab_size, arguments.sentinels, arguments.lowercase)
+    model = build_switch(architecture, len(tokenizer), arguments.seed)
+    order = np.random.default_rng(arguments.seed).permutation(len(corpus))
+    encoded = tokenizer([corpus[place] for place in order], add_special_tokens=True)["input_ids"]
+    stream = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
+    console.log.info(
+        "corpus: %d texts, %d tokens; vocabulary: %d; model: %.2f M parameters",
+        *(len(corpus), len(stream), len(tokenizer), sum(p.numel() for p in model.parameters()) / 1e6),
+    )
+    eos = int(tokenizer.eos_token_id)
+    batches = SpanCorruption(
+        stream,
+        arguments.window,
+        arguments.batch_size,
+        sentinel_ids(tokenizer),
+        eos,
+        arguments.density,
+        arguments.mean_span,
+        arguments.seed,
+    )
+    plan = plan_of({**settings, "select_every": 0}, batches.windows, arguments.seed)
+    made_from = signature(__file__, [Path(file) for file in arguments.files] + arguments.examples, **vars(arguments))
+    store = StateStore(arguments.state, made_from)
+    objective = TaskObjective(adapter_for(model), arguments.balance_weight, arguments.z_weight)
+    result = Trainer(model, plan, objective, batches.batch, store, device=arguments.device).run("pre-train")
+    write_table(arguments.training, result.training, "training")
+    checkpoint.save(model.cpu(), arguments.model, tokenizer, provenance={"pretrain": settings, "seed": arguments.seed})
+    store.clear()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    if arguments.checkpoint:
+        take(arguments)
+    else:
+        build(arguments)
+
+
+if __name__ == "__main__":
+    console.run(main, parse())

@@ -1,0 +1,51 @@
+"""Measure what a checkpoint costs: parameters, bytes, memory, FLOPs and time, in a fresh process."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mcsmoe import console, options
+
+EXAMPLE = (
+    "python workflow_scripts/profile_cost.py --model recovered --task SST-2 --variant msmoe --experts 4 "
+    "--stage recovered --table cost.parquet"
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = console.parser(__doc__, EXAMPLE)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint, stock or compact")
+    parser.add_argument("--task", required=True, help="task name, or path of a task file, for the table")
+    options.add_labels(parser)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--table", type=Path, required=True, help="written: one row")
+    options.add_section(parser, "cost")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from mcsmoe.data.tasks import load_task
+    from mcsmoe.evaluate.cost import measure
+    from mcsmoe.tables import write_table
+
+    settings = options.settings(arguments, "cost")
+    if arguments.device == "auto":
+        from mcsmoe.device import pick
+
+        device = str(pick("auto"))
+    else:
+        device = arguments.device
+    measured = measure(arguments.model, device=device, **settings)
+    row = {**options.labels(arguments, load_task(arguments.task).name), **measured}
+    write_table(arguments.table, pd.DataFrame([row]), "cost")
+    console.log.info(
+        "%.2f M parameters, %.2f MB on disk, %.1f ms",
+        *(measured["parameters"] / 1e6, measured["bytes_on_disk"] / 1e6, measured["latency_ms"]),
+    )
+
+
+if __name__ == "__main__":
+    console.run(main, parse())
