@@ -20,12 +20,13 @@ _LEFT_OUT = ("tasks", "seeds", "experts", "variants", "methods", "results")
 def records(found: Results, summary: pd.DataFrame) -> list[RunRecord]:
     """One record per method, number of experts and seed."""
     known = methods.resolve(found.configuration)
-    rows = {tuple(row[key] for key in _KEYS): row for row in summary.to_dict("records")}
+    rows: dict[tuple[Any, ...], Any] = {tuple(row[key] for key in _KEYS): row for row in summary.to_dict("records")}
     made = []
     for run in found.final:
         key = tuple(getattr(run, name) for name in _KEYS)
         mine = [one for one in found.runs if tuple(getattr(one, name) for name in _KEYS) == key]
         metrics = pd.concat([read_table(one.table("metrics"), "metrics") for one in mine], ignore_index=True)
+        cost = {str(name): value for name, value in read_table(run.table("cost"), "cost").iloc[0].items()}
         routing = read_table(run.folder / "routing.parquet", "routing")
         tables = {"metrics": metrics, "routing": routing}
         figures: dict[str, Any] = {"usage": partial(plots.usage, routing)}
@@ -39,7 +40,7 @@ def records(found: Results, summary: pd.DataFrame) -> list[RunRecord]:
                 *(run.task, run.variant, run.experts, run.seed),
                 parameters={"method": methods.as_dict(known[run.variant]), **_settings(found.configuration)},
                 tags={"stage": run.stage, "verdict": rows[key]["verdict"]},
-                metrics=final_metrics(rows[key], metrics, read_table(run.table("cost"), "cost").iloc[0].to_dict()),
+                metrics=final_metrics(rows[key], metrics, cost),
                 curves=found.curves(run),
                 tables=tables,
                 figures=figures,

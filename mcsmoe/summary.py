@@ -68,7 +68,8 @@ def summarise(runs: Sequence[Run], resamples: int) -> pd.DataFrame:
     for run in runs:
         metrics = read_table(run.table("metrics"), "metrics")
         cost = read_table(run.table("cost"), "cost").iloc[0]
-        row = {**metrics.iloc[0].to_dict(), **{key: cost[key] for key in _COST}}
+        row: dict[str, Any] = {str(name): value for name, value in metrics.iloc[0].items()}
+        row |= {key: cost[key] for key in _COST}
         reference = full.get((run.task, run.seed))
         row |= {
             "difference": float("nan"),
@@ -125,14 +126,14 @@ def as_text(summary: pd.DataFrame) -> str:
             "latency",
         )
         table = [head]
-        for row in rows.itertuples():
+        for row in rows.to_dict("records"):
             table.append(
                 (
-                    *(str(row.variant), str(row.experts), str(row.seed), f"{row.value:.3f}"),
-                    f"{row.ci_low:.3f}-{row.ci_high:.3f}",
-                    "" if row.variant == FULL else f"{row.difference:+.3f}",
-                    *(str(row.verdict), f"{row.parameters / 1e6:.2f} M", f"{row.bytes_on_disk / 1e6:.2f} MB"),
-                    f"{row.latency_ms:.1f} ms",
+                    *(row["variant"], str(row["experts"]), str(row["seed"]), f"{row['value']:.3f}"),
+                    f"{row['ci_low']:.3f}-{row['ci_high']:.3f}",
+                    "" if row["variant"] == FULL else f"{row['difference']:+.3f}",
+                    *(row["verdict"], f"{row['parameters'] / 1e6:.2f} M", f"{row['bytes_on_disk'] / 1e6:.2f} MB"),
+                    f"{row['latency_ms']:.1f} ms",
                 )
             )
         widths = [max(len(line[column]) for line in table) for column in range(len(head))]

@@ -82,9 +82,7 @@ def align_layer(
         return align.align_by_weight(weights, reference_E, how == "weight", workers, layer)
     if statistics is None:
         raise ValueError(f"layer {layer!r}: alignment by activation needs routing statistics; give --routing")
-    return align.align_by_tokens(
-        weights, statistics.sampled_tokens(layer), activation, reference_E, pool_E, workers, layer
-    )
+    return align.align_by_tokens(weights, statistics.tokens(layer), activation, reference_E, pool_E, workers, layer)
 
 
 # -- grouping ----------------------------------------------------------------------------------------------------
@@ -156,8 +154,8 @@ def merge_layer(
             frequency_E=statistics.frequency_E,
             fisher=fisher,
             statistics=statistics,
-            tokens=statistics.sampled_tokens(layer),
-            gates=statistics.sampled_gates(layer),
+            tokens=statistics.tokens(layer),
+            gates=statistics.gates(layer),
             activation=activation,
             router=adapter.read_router(model, layer),
             saliency_E=statistics.saliency_E if method == "reap" else None,
@@ -166,7 +164,7 @@ def merge_layer(
         )
     )
     adapter.write_experts(model, layer, merged.weights, merged.expert_to_group)
-    if merged.router_bias_E is not None:
+    if merged.dropped_E is not None:
         adapter.mask_router(model, layer, merged.dropped_E)
 
 
@@ -204,7 +202,7 @@ def _grams(
     weights: ExpertWeights, table: Tensor, statistics: LayerStatistics, activation: ExpertActivation
 ) -> dict[str, Tensor]:
     """By matrix [G, i, i]: the Gram matrix of what it receives, over each group's calibration tokens."""
-    groups, tokens = weights.num_experts, statistics.sampled_tokens()
+    groups, tokens = weights.num_experts, statistics.tokens()
     inputs: dict[str, list[Tensor]] = {name: [] for name in weights.names(Role.INPUT, Role.OUTPUT)}
     for group in range(groups):
         routed_TD = torch.cat([tokens[expert] for expert in (table == group).nonzero()[:, 0].tolist()])
@@ -213,6 +211,10 @@ def _grams(
             if name in inputs:
                 received = (routed_TD if role is Role.INPUT else hidden_TF).double()
                 inputs[name].append(received.T @ received)
+        if statistics.input_gram_EDD is not None:
+            gram_DD = statistics.input_gram_EDD[table == group].sum(dim=0)
+            for name in weights.names(Role.INPUT):
+                inputs[name][-1] = gram_DD
     return {name: torch.stack(found) for name, found in inputs.items()}
 
 

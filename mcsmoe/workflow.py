@@ -56,11 +56,13 @@ def hold_lock(results: Path) -> None:
 
 
 def ending(results: Path) -> str:
-    """The result table, where the report is, and how to open the tracked runs."""
+    """The result table, where the report is, and how to open the tracked runs; empty until everything is summarised."""
     from mcsmoe.summary import as_text
     from mcsmoe.tables import read_table
     from mcsmoe.tracking import ui_command
 
+    if not (results / "summary.parquet").is_file():
+        return ""
     summary = read_table(results / "summary.parquet", "summary")
     report = results / "report.html"
     return "\n".join(["", as_text(summary), "", f"report:   {report}", f"MLflow:   {ui_command(results)}", ""])

@@ -9,6 +9,8 @@ rule cache_teacher:
         f"{LOGS}/cache_teacher/{{task}}-seed{{seed}}.log",
     benchmark:
         f"{BENCHMARKS}/cache_teacher/{{task}}-seed{{seed}}.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: CONFIG["evaluate"]["threads"]
     resources:
         mem_mb=3000,
@@ -16,10 +18,10 @@ rule cache_teacher:
         gpu=GPUS,
     params:
         code=code("cache_teacher"),
-        options=as_flags({key: CONFIG["evaluate"][key] for key in ("batch_size", "threads")}),
+        options=as_flags(
+            {key: CONFIG["evaluate"][key] for key in ("batch_size", "threads")}
+        ),
         limits=limits(),
-    conda:
-        "../envs/mcsmoe.yaml"
     message:
         "cache the teacher of {wildcards.task}, seed {wildcards.seed}"
     shell:

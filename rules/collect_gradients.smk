@@ -9,6 +9,8 @@ rule collect_gradients:
         f"{LOGS}/collect_gradients/{{task}}-seed{{seed}}.log",
     benchmark:
         f"{BENCHMARKS}/collect_gradients/{{task}}-seed{{seed}}.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: CONFIG["calibration"]["threads"]
     resources:
         mem_mb=4000,
@@ -16,10 +18,10 @@ rule collect_gradients:
         gpu=GPUS,
     params:
         code=code("collect_gradients"),
-        options=as_flags({key: CONFIG["calibration"][key] for key in ("samples", "threads")}),
+        options=as_flags(
+            {key: CONFIG["calibration"][key] for key in ("samples", "threads")}
+        ),
         limits=limits(),
-    conda:
-        "../envs/mcsmoe.yaml"
     message:
         "collect gradients of {wildcards.task}, seed {wildcards.seed}"
     shell:

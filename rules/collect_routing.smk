@@ -10,6 +10,8 @@ rule collect_routing:
         f"{LOGS}/collect_routing/{{task}}-seed{{seed}}.log",
     benchmark:
         f"{BENCHMARKS}/collect_routing/{{task}}-seed{{seed}}.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: CONFIG["calibration"]["threads"]
     resources:
         mem_mb=3000,
@@ -19,13 +21,12 @@ rule collect_routing:
         code=code("collect_routing"),
         options=options("calibration"),
         limits=limits(),
-    conda:
-        "../envs/mcsmoe.yaml"
+        whiten="--whiten" if WHITEN else "",
     message:
         "collect routing statistics of {wildcards.task}, seed {wildcards.seed}"
     shell:
         "python {SCRIPTS:q}/collect_routing.py "
         "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {DEVICE} "
         "--table {output.table:q} --statistics {output.statistics:q} "
-        "{params.limits} {params.options} "
+        "{params.limits} {params.options} {params.whiten} "
         "--log {log:q}"

@@ -9,8 +9,12 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 # The jobs use the interpreter and the library that the workflow was started with.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [workflow.basedir, os.environ.get("PYTHONPATH", "")]))
+os.environ["PATH"] = os.pathsep.join(
+    [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [workflow.basedir, os.environ.get("PYTHONPATH", "")])
+)
 if workflow.basedir not in sys.path:
     sys.path.insert(0, workflow.basedir)
 
@@ -58,7 +62,9 @@ def options(section, **changes):
     """Settings of a section of the configuration as command-line options, with the task's own first."""
 
     def made(wildcards):
-        settings = configuration.stage_settings(CONFIG, section, getattr(wildcards, "task", None))
+        settings = configuration.stage_settings(
+            CONFIG, section, getattr(wildcards, "task", None)
+        )
         return as_flags({**settings, **changes})
 
     return made
@@ -77,7 +83,13 @@ def given(*names):
     """Inputs that are there for some wildcards only, as command-line options."""
 
     def made(wildcards, input):
-        return as_flags({name: str(input[name]) for name in names if name in input.keys() and input[name]})
+        return as_flags(
+            {
+                name: str(input[name])
+                for name in names
+                if name in input.keys() and input[name]
+            }
+        )
 
     return made
 
@@ -94,15 +106,23 @@ def raw_data(wildcards):
     if source == "hub":
         return {}
     if source == "synthetic":
-        return {split: f"{RESULTS}/data/{wildcards.task}/{split}.parquet" for split in ("train", "validation")}
-    return {split: str(path) for split, path in task_files(CONFIG["data"]["folder"], task).items()}
+        return {
+            split: f"{RESULTS}/data/{wildcards.task}/{split}.parquet"
+            for split in ("train", "validation")
+        }
+    return {
+        split: str(path)
+        for split, path in task_files(CONFIG["data"]["folder"], task).items()
+    }
 
 
 def raw_source(wildcards, input):
     """Where prepare_data reads, as command-line options."""
     if CONFIG["data"]["source"] == "hub":
         return "--hub"
-    return shlex.join(["--train-file", str(input.train), "--validation-file", str(input.validation)])
+    return shlex.join(
+        ["--train-file", str(input.train), "--validation-file", str(input.validation)]
+    )
 
 
 def pretraining_input(wildcards):
@@ -112,7 +132,10 @@ def pretraining_input(wildcards):
         if CONFIG["pretrain"]["corpus"] == "files":
             found["corpus"] = CONFIG["pretrain"]["files"]
         if CONFIG["pretrain"]["task_text"]:
-            found["examples"] = [f"{RESULTS}/{task}/seed{wildcards.seed}/examples/train.parquet" for task in TASKS]
+            found["examples"] = [
+                f"{RESULTS}/{task}/seed{wildcards.seed}/examples/train.parquet"
+                for task in TASKS
+            ]
     elif Path(CONFIG["model"]["checkpoint"]).is_dir():
         found["checkpoint"] = CONFIG["model"]["checkpoint"]
     return found
@@ -124,7 +147,10 @@ def model_source(wildcards, input):
         return shlex.join(["--checkpoint", CONFIG["model"]["checkpoint"]])
     words = ["--corpus-seed", str(CONFIG["data"]["seed"])]
     if "examples" in input.keys():
-        words += ["--examples", *([input.examples] if isinstance(input.examples, str) else input.examples)]
+        words += [
+            "--examples",
+            *([input.examples] if isinstance(input.examples, str) else input.examples),
+        ]
     return shlex.join(words)
 
 
@@ -133,8 +159,15 @@ def pretraining_options(wildcards):
     if CONFIG["model"]["checkpoint"] is not None:
         return ""
     model = CONFIG["model"]
-    parts = [{"architecture": json.dumps(model["architecture"], sort_keys=True)}, model["tokenizer"], CONFIG["pretrain"]]
-    return " ".join(as_flags({key: value for key, value in part.items() if key != "task_text"}) for part in parts)
+    parts = [
+        {"architecture": json.dumps(model["architecture"], sort_keys=True)},
+        model["tokenizer"],
+        CONFIG["pretrain"],
+    ]
+    return " ".join(
+        as_flags({key: value for key, value in part.items() if key != "task_text"})
+        for part in parts
+    )
 
 
 # -- methods -------------------------------------------------------------------------------------------------------
@@ -150,7 +183,9 @@ def checkpoints_of(variant, experts):
     """Checkpoints of a variant, relative to its run; the last is its result."""
     if variant == methods.FULL:
         return ["full"]
-    return [f"{variant}/{experts}e/{stage}" for stage in methods.stages(METHODS[variant])]
+    return [
+        f"{variant}/{experts}e/{stage}" for stage in methods.stages(METHODS[variant])
+    ]
 
 
 def evaluated():
@@ -168,7 +203,11 @@ def evaluated():
 def layer_alignment(variant):
     """The alignment of all experts to expert 0 that a method starts from, as the suffix of its folder; None without."""
     alignment = METHODS[variant].alignment
-    return {"weight": "", "weight-input": "-weight-input", "activation": "-activation"}.get(alignment)
+    return {
+        "weight": "",
+        "weight-input": "-weight-input",
+        "activation": "-activation",
+    }.get(alignment)
 
 
 def alignment_input(wildcards):
@@ -186,7 +225,11 @@ def grouping_input(wildcards):
         "model": f"{run}/full" if how is None else f"{run}/permuted{how}",
         "permutation": [] if how is None else f"{run}/permutation{how}.parquet",
         "routing": f"{run}/routing.safetensors",
-        "gradients": f"{run}/gradients.safetensors" if METHODS[wildcards.variant].needs_gradients else [],
+        "gradients": (
+            f"{run}/gradients.safetensors"
+            if METHODS[wildcards.variant].needs_gradients
+            else []
+        ),
     }
 
 
@@ -204,7 +247,11 @@ def before_compression(wildcards):
     if method.parent is not None:
         return f"{run}/{checkpoints_of(method.parent, wildcards.experts)[-1]}"
     own = [stage for stage in methods.stages(method) if stage != "compressed"]
-    return f"{run}/{wildcards.variant}/{wildcards.experts}e/{own[-1]}" if own else f"{run}/full"
+    return (
+        f"{run}/{wildcards.variant}/{wildcards.experts}e/{own[-1]}"
+        if own
+        else f"{run}/full"
+    )
 
 
 def teacher(section):
@@ -212,8 +259,18 @@ def teacher(section):
 
     def made(wildcards):
         weight = METHODS[wildcards.variant].distillation_weight
-        weight = configuration.stage_settings(CONFIG, section, wildcards.task)["distillation_weight"] if weight is None else weight
-        return [f"{RESULTS}/{wildcards.task}/seed{wildcards.seed}/teacher"] if weight else []
+        weight = (
+            configuration.stage_settings(CONFIG, section, wildcards.task)[
+                "distillation_weight"
+            ]
+            if weight is None
+            else weight
+        )
+        return (
+            [f"{RESULTS}/{wildcards.task}/seed{wildcards.seed}/teacher"]
+            if weight
+            else []
+        )
 
     return made
 
@@ -221,14 +278,28 @@ def teacher(section):
 def whitening_input(wildcards):
     """Routing statistics, where the decomposition weighs inputs by how often they occur."""
     run = f"{RESULTS}/{wildcards.task}/seed{wildcards.seed}"
-    return f"{run}/routing.safetensors" if METHODS[wildcards.variant].decomposition == "whitened" else []
+    return (
+        f"{run}/routing.safetensors"
+        if METHODS[wildcards.variant].decomposition == "whitened"
+        else []
+    )
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------
-LABELS = {checkpoint: (variant, experts) for variant, experts, checkpoint in evaluated()}
+# Whether any method weighs inputs by how often they occur; what that needs is collected only then.
+WHITEN = any(METHODS[variant].decomposition == "whitened" for variant in CONFIG["variants"])
+LABELS = {
+    checkpoint: (variant, experts) for variant, experts, checkpoint in evaluated()
+}
 RUN_LIST = json.dumps(
     [
-        {"task": task, "seed": seed, "variant": variant, "experts": experts, "checkpoint": checkpoint}
+        {
+            "task": task,
+            "seed": seed,
+            "variant": variant,
+            "experts": experts,
+            "checkpoint": checkpoint,
+        }
         for task in TASKS
         for seed in CONFIG["seeds"]
         for variant, experts, checkpoint in evaluated()
@@ -239,23 +310,42 @@ RUN_LIST = json.dumps(
 def labels_of(wildcards):
     """Variant, experts and stage of a checkpoint, for the columns of its tables, as command-line options."""
     variant, experts = LABELS[wildcards.checkpoint]
-    return as_flags({"variant": variant, "experts": experts, "stage": wildcards.checkpoint.rpartition("/")[2]})
+    return as_flags(
+        {
+            "variant": variant,
+            "experts": experts,
+            "stage": wildcards.checkpoint.rpartition("/")[2],
+        }
+    )
 
 
 def everything_measured(wildcards):
     """Scores, costs, curves and groupings of every run."""
-    found = {"predictions": [], "metrics": [], "cost": [], "training": [], "routing": [], "groups": []}
+    found = {
+        "predictions": [],
+        "metrics": [],
+        "cost": [],
+        "training": [],
+        "routing": [],
+        "groups": [],
+    }
     for seed in CONFIG["seeds"]:
         found["training"].append(f"{RESULTS}/base/seed{seed}/training.parquet")
         for task in TASKS:
             run = f"{RESULTS}/{task}/seed{seed}"
             found["routing"].append(f"{run}/routing.parquet")
             for variant, experts, checkpoint in evaluated():
-                found["predictions"].append(f"{run}/{checkpoint}_evaluation/predictions.parquet")
-                found["metrics"].append(f"{run}/{checkpoint}_evaluation/metrics.parquet")
+                found["predictions"].append(
+                    f"{run}/{checkpoint}_evaluation/predictions.parquet"
+                )
+                found["metrics"].append(
+                    f"{run}/{checkpoint}_evaluation/metrics.parquet"
+                )
                 found["cost"].append(f"{run}/{checkpoint}_cost/cost.parquet")
                 if not checkpoint.endswith("/merged"):
-                    found["training"].append(f"{run}/{checkpoint}_training/training.parquet")
+                    found["training"].append(
+                        f"{run}/{checkpoint}_training/training.parquet"
+                    )
                 if METHODS[variant].merge is not None:
                     found["groups"].append(f"{run}/{variant}/{experts}e/groups.parquet")
     return {name: sorted(set(paths)) for name, paths in found.items()}

@@ -14,6 +14,8 @@ rule compress:
         f"{LOGS}/compress/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
     benchmark:
         f"{BENCHMARKS}/compress/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: CONFIG["compress"]["threads"]
     resources:
         mem_mb=3000,
@@ -27,8 +29,6 @@ rule compress:
         options=options("compress"),
         method=method_options("distillation_weight", "decomposition"),
         limits=limits(),
-    conda:
-        "../envs/mcsmoe.yaml"
     message:
         "compress {wildcards.variant} {wildcards.experts}e on {wildcards.task}, seed {wildcards.seed}"
     shell:

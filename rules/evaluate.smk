@@ -10,6 +10,8 @@ rule evaluate:
         f"{LOGS}/evaluate/{{task}}-seed{{seed}}/{{checkpoint}}.log",
     benchmark:
         f"{BENCHMARKS}/evaluate/{{task}}-seed{{seed}}/{{checkpoint}}.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: CONFIG["evaluate"]["threads"]
     resources:
         mem_mb=2000,
@@ -21,8 +23,6 @@ rule evaluate:
         names=labels_of,
         options=options("evaluate"),
         limits=limits(),
-    conda:
-        "../envs/mcsmoe.yaml"
     message:
         "evaluate {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:

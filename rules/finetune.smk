@@ -12,6 +12,8 @@ rule finetune:
         f"{LOGS}/finetune/{{task}}-seed{{seed}}.log",
     benchmark:
         f"{BENCHMARKS}/finetune/{{task}}-seed{{seed}}.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: CONFIG["finetune"]["threads"]
     resources:
         mem_mb=3000,
@@ -23,8 +25,6 @@ rule finetune:
         task=lambda wildcards: TASKS[wildcards.task],
         options=options("finetune"),
         limits=limits(),
-    conda:
-        "../envs/mcsmoe.yaml"
     message:
         "fine-tune the full model on {wildcards.task}, seed {wildcards.seed}"
     shell:

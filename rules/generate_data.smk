@@ -7,6 +7,8 @@ rule generate_data:
         f"{LOGS}/generate_data/{{task}}.log",
     benchmark:
         f"{BENCHMARKS}/generate_data/{{task}}.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: 1
     resources:
         mem_mb=800,
@@ -14,9 +16,12 @@ rule generate_data:
     params:
         code=code("generate_data"),
         task=lambda wildcards: TASKS[wildcards.task],
-        options=as_flags({key: CONFIG["data"][key] for key in ("seed", "train_rows", "validation_rows")}),
-    conda:
-        "../envs/mcsmoe.yaml"
+        options=as_flags(
+            {
+                key: CONFIG["data"][key]
+                for key in ("seed", "train_rows", "validation_rows")
+            }
+        ),
     message:
         "generate data for {wildcards.task}"
     shell:

@@ -9,6 +9,8 @@ rule group:
         f"{LOGS}/group/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
     benchmark:
         f"{BENCHMARKS}/group/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: CONFIG["merge"]["threads"]
     resources:
         mem_mb=2000,
@@ -18,8 +20,6 @@ rule group:
         given=given("gradients", "permutation"),
         method=method_options("similarity", "grouping", "budget", "linkage", "merge"),
         options=grouping_options,
-    conda:
-        "../envs/mcsmoe.yaml"
     message:
         "group the experts of {wildcards.task} for {wildcards.variant}, {wildcards.experts} on average, seed {wildcards.seed}"
     shell:

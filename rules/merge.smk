@@ -9,6 +9,8 @@ rule merge:
         f"{LOGS}/merge/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
     benchmark:
         f"{BENCHMARKS}/merge/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: CONFIG["merge"]["threads"]
     resources:
         mem_mb=3000,
@@ -18,8 +20,6 @@ rule merge:
         given=given("gradients", "permutation"),
         method=method_options("merge", "alignment"),
         options=as_flags({"threads": CONFIG["merge"]["threads"]}),
-    conda:
-        "../envs/mcsmoe.yaml"
     message:
         "merge the experts of {wildcards.task} by {wildcards.variant} to {wildcards.experts}, seed {wildcards.seed}"
     shell:

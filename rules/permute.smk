@@ -9,6 +9,8 @@ rule permute:
         f"{LOGS}/permute/{{task}}-seed{{seed}}{{how}}.log",
     benchmark:
         f"{BENCHMARKS}/permute/{{task}}-seed{{seed}}{{how}}.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: CONFIG["merge"]["threads"]
     resources:
         mem_mb=2000,
@@ -18,8 +20,6 @@ rule permute:
         given=given("routing"),
         alignment=lambda wildcards: (wildcards.how or "-weight")[1:],
         options=as_flags({"threads": CONFIG["merge"]["threads"]}),
-    conda:
-        "../envs/mcsmoe.yaml"
     message:
         "align the experts of {wildcards.task}, seed {wildcards.seed}"
     shell:

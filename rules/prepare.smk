@@ -9,6 +9,8 @@ rule prepare:
         f"{LOGS}/prepare/seed{{seed}}.log",
     benchmark:
         f"{BENCHMARKS}/prepare/seed{{seed}}.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: CONFIG["pretrain"]["threads"]
     resources:
         mem_mb=3000,
@@ -19,8 +21,6 @@ rule prepare:
         state=f"{STATE}/base/seed{{seed}}",
         source=model_source,
         options=pretraining_options,
-    conda:
-        "../envs/mcsmoe.yaml"
     message:
         "prepare the base model, seed {wildcards.seed}"
     shell:

@@ -10,6 +10,8 @@ rule prepare_data:
         f"{LOGS}/prepare_data/{{task}}-seed{{seed}}.log",
     benchmark:
         f"{BENCHMARKS}/prepare_data/{{task}}-seed{{seed}}.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: 1
     resources:
         mem_mb=1500,
@@ -18,9 +20,12 @@ rule prepare_data:
         code=code("prepare_data"),
         task=lambda wildcards: TASKS[wildcards.task],
         source=raw_source,
-        options=as_flags({key: CONFIG["data"][key] for key in ("train_rows", "validation_rows", "selection_rows")}),
-    conda:
-        "../envs/mcsmoe.yaml"
+        options=as_flags(
+            {
+                key: CONFIG["data"][key]
+                for key in ("train_rows", "validation_rows", "selection_rows")
+            }
+        ),
     message:
         "prepare the examples of {wildcards.task}, seed {wildcards.seed}"
     shell:

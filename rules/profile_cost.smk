@@ -8,6 +8,8 @@ rule profile_cost:
         f"{LOGS}/profile_cost/{{task}}-seed{{seed}}/{{checkpoint}}.log",
     benchmark:
         f"{BENCHMARKS}/profile_cost/{{task}}-seed{{seed}}/{{checkpoint}}.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: workflow.cores or 1
     resources:
         mem_mb=3000,
@@ -18,8 +20,6 @@ rule profile_cost:
         task=lambda wildcards: TASKS[wildcards.task],
         names=labels_of,
         options=options("cost"),
-    conda:
-        "../envs/mcsmoe.yaml"
     message:
         "profile the cost of {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:

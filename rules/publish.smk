@@ -9,6 +9,8 @@ rule publish:
         f"{LOGS}/publish/all.log",
     benchmark:
         f"{BENCHMARKS}/publish/all.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: 1
     resources:
         mem_mb=2000,
@@ -17,8 +19,6 @@ rule publish:
         code=code("publish"),
         runs=RUN_LIST,
         configuration=CONFIG_JSON,
-    conda:
-        "../envs/mcsmoe.yaml"
     message:
         "publish to MLflow"
     shell:

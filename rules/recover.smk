@@ -13,6 +13,8 @@ rule recover:
         f"{LOGS}/recover/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
     benchmark:
         f"{BENCHMARKS}/recover/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: CONFIG["recover"]["threads"]
     resources:
         mem_mb=3000,
@@ -26,8 +28,6 @@ rule recover:
         options=options("recover"),
         method=method_options("distillation_weight"),
         limits=limits(),
-    conda:
-        "../envs/mcsmoe.yaml"
     message:
         "win the quality of {wildcards.variant} {wildcards.experts}e back on {wildcards.task}, seed {wildcards.seed}"
     shell:

@@ -9,6 +9,8 @@ rule summarise:
         f"{LOGS}/summarise/all.log",
     benchmark:
         f"{BENCHMARKS}/summarise/all.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
     threads: 1
     resources:
         mem_mb=2000,
@@ -17,8 +19,6 @@ rule summarise:
         code=code("summarise"),
         runs=RUN_LIST,
         configuration=CONFIG_JSON,
-    conda:
-        "../envs/mcsmoe.yaml"
     message:
         "summarise and report"
     shell:

@@ -278,3 +278,22 @@ def test_logits_routing_and_merged_logits_agree_with_the_published_implementatio
     for kind in ("full", "pad"):
         inputs = {name: batches[f"{kind}.{name}"][:16] for name in ("input_ids", "attention_mask", "labels")}
         assert (logits(made, inputs) - recorded[f"freq_normal_avg3.{kind}"]).abs().max() < 2e-5
+
+
+def test_a_masked_router_chooses_among_the_other_experts_as_if_there_were_no_more(tmp_path: Path) -> None:
+    made, inputs = model(), batch()
+    adapter = adapter_for(made)
+    layer = adapter.layers(made)[1]
+    dropped_E = torch.tensor([False, True, False, True, True, False])
+    weight_ED = adapter.read_router(made, layer).weight_ED
+    adapter.mask_router(made, layer, dropped_E)
+    with torch.no_grad(), adapter.capture(made) as captured:
+        made(**inputs)
+    found = captured.batches[layer]
+    kept = (~dropped_E).nonzero()[:, 0]
+    alone_TE = (found.inputs_TD @ weight_ED[kept].T).softmax(dim=1)
+    assert torch.equal(found.wanted_TK[:, 0], kept[alone_TE.argmax(dim=1)])
+    torch.testing.assert_close(found.weights_TK[:, 0], alone_TE.max(dim=1).values)
+    made.save_pretrained(tmp_path / "stock")
+    back = type(made).from_pretrained(tmp_path / "stock").eval()
+    torch.testing.assert_close(logits(back, inputs), logits(made, inputs), rtol=0, atol=TOLERANCE)

@@ -21,6 +21,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--table", type=Path, required=True, help="written: one row per layer and expert")
     parser.add_argument("--statistics", type=Path, required=True, help="written: sufficient statistics")
+    parser.add_argument("--whiten", action="store_true", help="also keep what activation-aware decomposition needs")
     options.add_section(parser, "data", only=("max_input", "max_label"))
     options.add_section(parser, "calibration")
     return parser.parse_args()
@@ -45,7 +46,7 @@ def main(arguments: argparse.Namespace) -> None:
     batches = calibration_batches(train, arguments.samples, arguments.batch_size, arguments.seed)
     statistics = calibrate.collect_routing(
         *(model, adapter_for(model), batches, len(batches)),
-        RoutingStatistics(reservoir=arguments.reservoir, whiten=True, seed=arguments.seed),
+        RoutingStatistics(reservoir=arguments.reservoir, whiten=arguments.whiten, seed=arguments.seed),
     )
     write_table(arguments.table, routing_frame(statistics), "routing")
     calibrate.save_tensors(arguments.statistics, statistics.tensors())

@@ -34,6 +34,14 @@ class Adapter(ABC):
     def matches(cls, model: nn.Module) -> bool:
         """Whether this adapter treats ``model`` exactly."""
 
+    @classmethod
+    def refusal(cls, model: nn.Module) -> str | None:
+        """Why a model of this kind is not treated, if this adapter can tell."""
+        return None
+
+    def prepare(self, model: nn.Module) -> None:  # noqa: B027
+        """Called once ``model`` is found to match, before anything else: repairs what its library does wrong."""
+
     @abstractmethod
     def layers(self, model: nn.Module) -> list[LayerId]:
         """Sparse layers in forward order; the module path is the name in every table."""
@@ -85,6 +93,17 @@ class Adapter(ABC):
     @abstractmethod
     def read_router(self, model: nn.Module, layer: LayerId) -> RouterWeights:
         """Detached copy of the router."""
+
+    def mask_router(self, model: nn.Module, layer: LayerId, dropped_E: Tensor) -> None:
+        """Let the router of ``layer`` never choose the experts marked in ``dropped_E`` (bool [E]) again.
+
+        Raises:
+            ValueError: the family's router has no place for it; names the layer.
+        """
+        raise ValueError(
+            f"layer {layer!r}: the router of {self.name} cannot be kept from choosing an expert; "
+            "prune with a redirect instead (merge method 'prune')"
+        )
 
     @abstractmethod
     def router_parameters(self, model: nn.Module) -> list[str]:

@@ -37,6 +37,7 @@ from mcsmoe.types import (
 
 ROLES = {"wi": Role.INPUT, "wo": Role.OUTPUT}
 _IGNORED_LABEL = -100
+_NEVER = -1e9  # a router bias whose probability is exactly zero, and which sums and products keep finite
 
 
 class _WiActivation:
@@ -213,6 +214,18 @@ class SwitchAdapter(Adapter):
         classifier = self._mlp(model, layer).router.classifier
         bias = None if classifier.bias is None else classifier.bias.detach().clone()
         return RouterWeights(classifier.weight.detach().clone(), bias)
+
+    def mask_router(self, model: nn.Module, layer: LayerId, dropped_E: Tensor) -> None:
+        # The stock router's own bias, so that the checkpoint needs nothing new; the configuration asks for it everywhere.
+        config: Any = model.config
+        config.router_bias = True
+        for path in self.layers(model):
+            classifier = self._mlp(model, path).router.classifier
+            if classifier.bias is None:
+                classifier.bias = nn.Parameter(classifier.weight.new_zeros(classifier.out_features))
+        bias_E = self._mlp(model, layer).router.classifier.bias
+        with torch.no_grad():
+            bias_E.masked_fill_(dropped_E.to(bias_E.device), _NEVER)
 
     def router_parameters(self, model: nn.Module) -> list[str]:
         return [

@@ -75,7 +75,7 @@ def cache_teacher(
         folder: created atomically.
         info: written as JSON; ``examples`` is the digest students must show.
     """
-    output = model.get_output_embeddings()
+    output: Any = model.get_output_embeddings()  # type: ignore[operator]
     offsets = np.concatenate([[0], np.cumsum(np.asarray(label_counts, dtype=np.int64))])
     seen: list[Tensor] = []
     handle = output.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))

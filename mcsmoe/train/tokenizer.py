@@ -67,7 +67,7 @@ def sentinel_ids(tokenizer: PreTrainedTokenizerFast) -> Sequence[int]:
     Raises:
         ValueError: the tokenizer has none, so it cannot serve span corruption.
     """
-    found = []
+    found: list[int] = []
     while (token := tokenizer.convert_tokens_to_ids(sentinel(len(found)))) not in (None, tokenizer.unk_token_id):
         found.append(token)
     if not found:
