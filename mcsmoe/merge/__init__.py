@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mcsmoe.merge import average, prune
+from mcsmoe.merge import average, fisher, git_rebasin, prune, reap, repair, zipit
 from mcsmoe.merge.base import Merged, MergeInputs, shares
 
 __all__ = ["METHODS", "MergeInputs", "MergeMethod", "Merged", "shares"]
@@ -28,8 +28,14 @@ METHODS: dict[str, MergeMethod] = {
         "uniform": average.uniform,
         "reversed": average.reversed_frequency,
         "random": average.random,
+        "fisher": fisher.fisher,
         "prune": prune.prune,
         "drop": prune.drop,
+        "reap": reap.reap,
+        "git-rebasin": git_rebasin.git_rebasin,
+        "repair": repair.repair,
+        "zipit": zipit.zipit,
+        "zipit-weight": zipit.zipit_weight,
     }.items()
 }
 """By name; all check their inputs first and raise ValueError naming layer, expert and value."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mcsmoe.merge.base import Merged, MergeInputs, shares, weighted_average
+from mcsmoe.types import LayerId
 
 
 def average(inputs: MergeInputs, importance_E: Tensor) -> Merged:
@@ -32,10 +33,11 @@ def reversed_frequency(inputs: MergeInputs) -> Merged:
 
 def random(inputs: MergeInputs) -> Merged:
     """Control: weights drawn evenly from [0, 1) by ``inputs.seed`` and the layer's name."""
-    return average(inputs, torch.rand(inputs.weights.num_experts, generator=_generator(inputs), dtype=torch.float64))
+    return average(inputs, random_importance(inputs.weights.num_experts, inputs.seed, inputs.layer))
 
 
-def _generator(inputs: MergeInputs) -> torch.Generator:
-    # Layers draw apart, and the same whatever the order they are merged in; hash() would differ between processes.
-    key = int.from_bytes(f"{inputs.seed} {inputs.layer}".encode(), "little") % (2**61 - 1)
-    return torch.Generator().manual_seed(key)
+def random_importance(experts: int, seed: int, layer: LayerId) -> Tensor:
+    """[E] float64 in [0, 1), the same for the same seed and layer whatever else was drawn before."""
+    # hash() would differ between processes.
+    key = int.from_bytes(f"{seed} {layer}".encode(), "little") % (2**61 - 1)
+    return torch.rand(experts, generator=torch.Generator().manual_seed(key), dtype=torch.float64)

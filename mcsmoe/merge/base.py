@@ -12,7 +12,7 @@ from torch import Tensor
 from mcsmoe.types import ExpertActivation, ExpertWeights, Grouping, LayerId, RouterWeights
 
 if TYPE_CHECKING:
-    from mcsmoe.routing import LayerStatistics
+    from mcsmoe.layer_statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class MergeInputs:
                 f"layer {self.layer!r}: the grouping is of {self.grouping.num_experts} experts, the layer has {experts}"
             )
         self.grouping.validate(self.layer)
+        if self.statistics is not None:
+            self.statistics.check_against(self.layer, experts, self.weights.d_model)
         check_per_expert(self.layer, "frequency", self.frequency_E, experts)
         if self.saliency_E is not None:
             check_per_expert(self.layer, "saliency", self.saliency_E, experts)
