@@ -168,6 +168,7 @@ def _measure(layer: LayerId, batch: RoutedBatch, position: int) -> LayerStatisti
     computed_E = torch.bincount(expert_N, minlength=experts)
     sums_ED = _expert_sums(inputs_TD, token_N, expert_N, computed_E)
     wide_TE = logits_TE.double()
+    assert bool((computed_E <= wanted_E).all()), f"{layer}: an expert computed tokens that did not want it"
     made = LayerStatistics(
         valid_tokens=torch.tensor(tokens, device=inputs_TD.device),
         wanted_E=wanted_E,
