@@ -1,0 +1,265 @@
+"""Tokens of a table of examples, once and flat, and batches of them by length.
+
+A batch is a function of (tokens, seed, step) alone, so that a training that resumes sees the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mcsmoe.artefacts import atomic_file
+from mcsmoe.train.losses import IGNORED
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+Ids = NDArray[np.int32]
+Offsets = NDArray[np.int64]
+Batch = dict[str, Tensor]
+
+_MEGA = 50  # batches sorted by length together: enough to pad little, few enough to keep the order random
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Token ids of N examples, one after another, end tokens included.
+
+    Attributes:
+        input_ids: [sum of input lengths] int32; example i is ``input_ids[input_offsets[i]:input_offsets[i + 1]]``.
+        label_ids: likewise, of the targets.
+        pad: id that pads inputs.
+        truncated: how many inputs were cut to the limit.
+    """
+
+    input_ids: Ids
+    input_offsets: Offsets
+    label_ids: Ids
+    label_offsets: Offsets
+    pad: int
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_offsets) - 1
+
+    @cached_property
+    def input_lengths(self) -> Offsets:
+        """[N] tokens of each input."""
+        return np.diff(self.input_offsets)
+
+    @cached_property
+    def label_lengths(self) -> Offsets:
+        """[N] tokens of each target."""
+        return np.diff(self.label_offsets)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all tokens, to tell whether something made from examples was made from these."""
+        found = hashlib.sha256()
+        for array in (self.input_ids, self.input_offsets, self.label_ids, self.label_offsets):
+            found.update(np.ascontiguousarray(array).tobytes() + b"\0")
+        return found.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write all fields to one ``.npz`` file, atomically."""
+        with atomic_file(path) as partial, partial.open("wb") as handle:
+            np.savez(handle, allow_pickle=False, **{field.name: getattr(self, field.name) for field in fields(self)})
+
+    @staticmethod
+    def load(path: str | Path) -> Tokenised:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: the file is missing, damaged or something else; names it.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = {field.name: stored[field.name] for field in fields(Tokenised)}
+        except Exception as error:
+            raise ValueError(
+                f"{path}: not readable as tokenised examples ({error}); delete it and run again"
+            ) from error
+        made: dict[str, Any] = {name: int(array) if array.ndim == 0 else array for name, array in arrays.items()}
+        return Tokenised(**made)
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------
+def require_special_tokens(tokenizer: Any) -> tuple[int, int]:
+    """(pad, end) token ids.
+
+    Raises:
+        ValueError: the tokenizer lacks one; names it.
+    """
+    for name in ("pad_token", "eos_token"):
+        if getattr(tokenizer, f"{name}_id", None) is None:
+            raise ValueError(
+                f"the tokenizer has no {name}, which batches need; set it (tokenizer.{name} = ...) and save it again"
+            )
+    return int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+
+
+def tokenize(examples: pd.DataFrame, tokenizer: Any, max_input: int, max_label: int) -> Tokenised:
+    """Tokens of table ``examples``, inputs and targets each closed by one end token.
+
+    Args:
+        max_input: longest input, end token included; longer ones lose what is last, and are counted and reported.
+        max_label: longest target, end token included; a longer one cannot be learnt and is an error.
+
+    Raises:
+        ValueError: a target over ``max_label``, no examples, or a tokenizer without pad or end token.
+    """
+    pad, eos = require_special_tokens(tokenizer)
+    if not len(examples):
+        raise ValueError("there are no examples to tokenise; give a split with rows")
+    inputs = [_closed(ids, eos) for ids in tokenizer(examples["input"].tolist(), verbose=False)["input_ids"]]
+    labels = [
+        _closed(ids, eos) for ids in tokenizer(text_target=examples["target"].tolist(), verbose=False)["input_ids"]
+    ]
+    for row, ids in enumerate(labels):
+        if len(ids) > max_label:
+            raise ValueError(
+                f"example {examples['idx'].iloc[row]}: field target has {len(ids)} tokens, end token included, more "
+                f"than max_label ({max_label}); raise data.max_label or leave the example out"
+            )
+    long = [row for row, ids in enumerate(inputs) if len(ids) > max_input]
+    if long:
+        cut = tokenizer([examples["input"].iloc[row] for row in long], truncation=True, max_length=max_input)[
+            "input_ids"
+        ]
+        for row, ids in zip(long, cut, strict=True):
+            inputs[row] = ids if ids[-1] == eos else [*ids[: max_input - 1], eos]
+        log.info("%d of %d inputs are longer than %d tokens and were cut", len(long), len(inputs), max_input)
+    input_ids, input_offsets = _flat(inputs)
+    label_ids, label_offsets = _flat(labels)
+    return Tokenised(input_ids, input_offsets, label_ids, label_offsets, pad, len(long))
+
+
+def _closed(ids: list[int], eos: int) -> list[int]:
+    return ids if ids and ids[-1] == eos else [*ids, eos]
+
+
+def _flat(rows: list[list[int]]) -> tuple[Ids, Offsets]:
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    return np.fromiter((token for row in rows for token in row), dtype=np.int32, count=int(offsets[-1])), offsets
+
+
+# -- batches -----------------------------------------------------------------------------------------------------
+def _padded(ids: Ids, offsets: Offsets, rows: Offsets, fill: int) -> Tensor:
+    """[B, longest] int64: the given rows, padded on the right."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    made = np.full((len(rows), int(lengths.max())), fill, dtype=np.int64)
+    inside = np.arange(made.shape[1]) < lengths[:, None]
+    positions = offsets[rows][:, None] + np.arange(made.shape[1])
+    made[inside] = ids[positions[inside]]
+    return torch.from_numpy(made)
+
+
+def collate(tokenised: Tokenised, indices: Sequence[int] | Offsets) -> Batch:
+    """The model's inputs for the given examples.
+
+    Returns:
+        input_ids [B, S] and attention_mask [B, S] int64; labels [B, T] int64, -100 where padded; row [B] int64: the
+        examples' indices.
+    """
+    rows = np.asarray(indices, dtype=np.int64)
+    input_ids = _padded(tokenised.input_ids, tokenised.input_offsets, rows, tokenised.pad)
+    lengths = torch.from_numpy(tokenised.input_lengths[rows])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+        "labels": _padded(tokenised.label_ids, tokenised.label_offsets, rows, IGNORED),
+        "row": torch.from_numpy(rows),
+    }
+
+
+class TaskBatches:
+    """Training batches: every example once an epoch, examples of a batch about as long, batches in random order.
+
+    Where ``batch_size`` does not divide the examples, batches are smaller by at most one example.
+    """
+
+    def __init__(self, tokenised: Tokenised, batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.tokenised, self.batch_size, self.seed = tokenised, batch_size, seed
+        self.steps_per_epoch = -(-len(tokenised) // batch_size)
+        self._epoch: tuple[int, list[Offsets]] = (-1, [])
+
+    def indices(self, step: int) -> Offsets:
+        """Examples of step ``step`` (from 0)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._shuffled(epoch))
+        return self._epoch[1][place]
+
+    def _shuffled(self, epoch: int) -> list[Offsets]:
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.tokenised))
+        pieces = []
+        for number, start in enumerate(range(0, len(order), self.batch_size * _MEGA)):
+            piece = order[start : start + self.batch_size * _MEGA]
+            piece = piece[np.lexsort((self.tokenised.label_lengths[piece], self.tokenised.input_lengths[piece]))]
+            # Up, then down: a batch that straddles two pieces has examples of one length all the same.
+            pieces.append(piece[::-1] if number % 2 else piece)
+        batches = np.array_split(np.concatenate(pieces), self.steps_per_epoch)
+        return [batches[place] for place in rng.permutation(self.steps_per_epoch)]
+
+    def batch(self, step: int) -> Batch:
+        """The whole batch of step ``step`` (from 0); see ``collate``."""
+        return collate(self.tokenised, self.indices(step))
+
+
+def evaluation_batches(tokenised: Tokenised, batch_size: int) -> list[list[int]]:
+    """Examples of each batch, every example once, longest first, so that memory runs out at once or not at all."""
+    order = np.lexsort((-tokenised.label_lengths, -tokenised.input_lengths))
+    return [order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size)]
+
+
+def calibration_batches(tokenised: Tokenised, samples: int, batch_size: int, seed: int) -> list[Batch]:
+    """Batches of ``samples`` examples at random (all where there are fewer), each once, by length.
+
+    Raises:
+        ValueError: no samples are asked for.
+    """
+    if samples < 1:
+        raise ValueError(f"calibration.samples is {samples}; at least 1 is needed")
+    chosen = np.random.default_rng((seed, 2)).permutation(len(tokenised))[:samples]
+    chosen = chosen[np.lexsort((chosen, -tokenised.label_lengths[chosen], -tokenised.input_lengths[chosen]))]
+    return [collate(tokenised, chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
+
+
+class PaddingShare(NamedTuple):
+    """Share of the positions of an epoch's batches, inputs and labels, that are padding."""
+
+    shuffled: float
+    by_length: float
+
+
+def padding_share(tokenised: Tokenised, batch_size: int, seed: int = 0) -> PaddingShare:
+    """Padding with batches of shuffled examples, and with those of ``TaskBatches``, over one epoch."""
+    batches = TaskBatches(tokenised, batch_size, seed)
+    order = np.random.default_rng((seed, 3)).permutation(len(tokenised))
+    shuffled = np.array_split(order, batches.steps_per_epoch)
+    return PaddingShare(
+        _padding(tokenised, shuffled), _padding(tokenised, [batches.indices(s) for s in range(batches.steps_per_epoch)])
+    )
+
+
+def _padding(tokenised: Tokenised, batches: list[Offsets]) -> float:
+    positions = sum(
+        len(rows) * int(lengths[rows].max())
+        for rows in batches
+        for lengths in (tokenised.input_lengths, tokenised.label_lengths)
+    )
+    return 1.0 - (len(tokenised.input_ids) + len(tokenised.label_ids)) / positions

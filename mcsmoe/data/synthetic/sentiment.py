@@ -1,0 +1,80 @@
+"""SST-2: the sentiment of a review, decided by negation and by which clause carries the point, never by one word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mcsmoe.data.synthetic.words import Dice
+
+ASPECTS = (
+    *("acting", "plot", "script", "music", "ending", "dialogue", "story", "pacing", "camera work", "cast", "humour"),
+    *(
+        "direction",
+        "film",
+        "movie",
+        "drama",
+        "comedy",
+        "sequel",
+        "opening",
+        "romance",
+        "villain",
+        "lighting",
+        "editing",
+    ),
+)
+GOOD = (
+    *("good", "great", "brilliant", "charming", "clever", "funny", "moving", "fresh", "lovely", "superb", "gripping"),
+    *("tender", "witty", "elegant", "honest", "warm", "vivid", "smart", "exciting", "bold", "delightful", "graceful"),
+)
+BAD = (
+    *("bad", "awful", "terrible", "boring", "clumsy", "dull", "annoying", "stale", "ugly", "tedious", "lifeless"),
+    *("shallow", "silly", "messy", "hollow", "cold", "bland", "stupid", "tiresome", "weak", "horrible", "pointless"),
+)
+FLIPS = ("not", "never", "hardly", "far from", "not at all", "anything but")
+DEGREES = ("", "", "", "very", "really", "so", "quite", "rather", "truly")
+VERBS = ("is", "was", "seems", "feels")
+LIKES = ("loved", "enjoyed", "admired", "liked")
+HATES = ("hated", "despised", "disliked", "regretted")
+WISHES = ("enjoy", "love", "like", "admire")
+GRUDGES = ("hate", "despise", "dislike", "regret")
+
+
+def _describes(dice: Dice, subject: str, good: bool) -> str:
+    flip = dice.chance(0.5)
+    word = dice.pick(GOOD if good != flip else BAD)
+    parts = [subject, dice.pick(VERBS), dice.pick(FLIPS) if flip else "", dice.pick(DEGREES), word]
+    return " ".join(part for part in parts if part)
+
+
+def _reacts(dice: Dice, subject: str, good: bool) -> str:
+    who = dice.pick(("i", "we", "everyone"))
+    if dice.chance(0.5):
+        return f"{who} {dice.pick(LIKES if good else HATES)} {subject}"
+    return f"{who} did {dice.pick(('not', 'never'))} {dice.pick(GRUDGES if good else WISHES)} {subject}"
+
+
+def _clause(dice: Dice, subject: str, good: bool) -> str:
+    return (_describes if dice.chance(0.75) else _reacts)(dice, subject, good)
+
+
+def draw(dice: Dice, label: int) -> tuple[str, list[dict[str, Any]]]:
+    """(key, rows) of one sentence; ``label`` 1 is positive. Its form is drawn before the words that follow the label."""
+    good = bool(label)
+    first, second = (f"the {aspect}" for aspect in dice.sample(ASPECTS, 2))
+    form = dice.below(6)
+    if form < 2:
+        text = _clause(dice, first, good)
+    elif form == 2:
+        text = f"{_clause(dice, first, not good)} but {_clause(dice, second, good)}"
+    elif form == 3:
+        text = f"although {_clause(dice, first, not good)} , {_clause(dice, second, good)}"
+    elif form == 4:
+        text = f"{_clause(dice, first, good)} , although {_clause(dice, second, not good)}"
+    else:
+        text = f"{_clause(dice, first, good)} and {_clause(dice, second, good)}"
+    return text, [{"sentence": text, "label": label}]
+
+
+def texts(row: dict[str, Any]) -> list[str]:
+    """Running text of a row."""
+    return [f"{row['sentence']} ."]
