@@ -143,7 +143,8 @@ def weighted_average(weights: ExpertWeights, grouping: Grouping, share_E: Tensor
                 if len(members) == 1:
                     target.copy_(source)
                 elif place == 0:
-                    torch.mul(source, share[expert], out=target)
+                    # Not torch.mul(out=), which rounds to the type of its input first.
+                    target.copy_(source).mul_(share[expert])
                 else:
                     target.add_(source, alpha=share[expert])
             if target is scratch:

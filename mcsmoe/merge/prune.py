@@ -10,8 +10,8 @@ from mcsmoe.types import Grouping
 
 def keep(inputs: MergeInputs, grouping: Grouping, drop: bool) -> Merged:
     """The dominant expert of each group of ``grouping``, bit by bit; the others' share is zero."""
+    inputs.weights.require_finite(inputs.layer)
     kept = inputs.weights.select(grouping.dominant)
-    kept.require_finite(inputs.layer)
     share_E = torch.zeros(inputs.weights.num_experts, dtype=torch.float64)
     share_E[grouping.dominant] = 1.0
     table, dominant = grouping.expert_to_group.clone(), grouping.dominant.clone()

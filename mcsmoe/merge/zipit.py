@@ -7,6 +7,7 @@ expert has. Unlike a permutation this may merge two neurons of one expert and le
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,61 +18,83 @@ from mcsmoe.align import correlation, hidden
 from mcsmoe.merge.base import Merged, MergeInputs, grouping_members, shares
 from mcsmoe.types import ExpertWeights, Role
 
-Rule = Callable[[NDArray[np.floating], NDArray[np.floating], float, float], NDArray[np.floating]]
-"""Similarities of a merged neuron to all others from those of its two parts and their coefficients."""
-
 ALPHA = 0.1
 
 
-def penalised(alpha: float) -> Rule:
-    """The smaller of the two similarities, times ``alpha`` where positive: merging one neuron often is discouraged.
+@dataclass(frozen=True)
+class Joined:
+    """Two neurons that become one, as a rule sees them: their similarities to all N neurons, and what those are."""
 
-    A negative similarity stays as it is. Shrinking that too would make an opposed neuron more attractive.
+    first_N: NDArray[np.floating]
+    second_N: NDArray[np.floating]
+    between: float  # similarity of the two
+    first: float  # coefficient
+    second: float
+    coefficient_N: NDArray[np.floating]
+    repeated_N: NDArray[np.bool_]  # whether a neuron has a part from an expert that the joined one has a part of, too
+
+
+Rule = Callable[[Joined], NDArray[np.floating]]
+"""Similarities of the joined neuron to all others."""
+
+
+def penalised(alpha: float) -> Rule:
+    """The smaller of the two similarities, times ``alpha`` where it is positive and an expert would be met again.
+
+    For two experts this is the published penalty on repeated matches, except that a negative similarity stays as it is:
+    shrunk towards zero, an opposed neuron would become more attractive. From three experts on, a neuron of the third
+    may still join a pair of the others at no penalty, so that neurons that agree in all experts end up together.
     """
 
-    def rule(
-        first_N: NDArray[np.floating], second_N: NDArray[np.floating], _first: float, _second: float
-    ) -> NDArray[np.floating]:
-        lower_N = np.minimum(first_N, second_N)
-        return np.where(lower_N > 0, alpha * lower_N, lower_N)
+    def rule(joined: Joined) -> NDArray[np.floating]:
+        lower_N = np.minimum(joined.first_N, joined.second_N)
+        return np.where(joined.repeated_N & (lower_N > 0), np.float32(alpha) * lower_N, lower_N)
 
     return rule
 
 
-def averaged(
-    first_N: NDArray[np.floating], second_N: NDArray[np.floating], first: float, second: float
-) -> NDArray[np.floating]:
-    """Exact for inner products, the merged neuron being the weighted mean of its parts."""
-    return (first * first_N + second * second_N) / (first + second)
+def ward(joined: Joined) -> NDArray[np.floating]:
+    """Update of ``ward_similarity``, exact for weighted means (Lance and Williams, 1967)."""
+    others_N, first, second = joined.coefficient_N, joined.first, joined.second
+    grown_N = (first + others_N) * joined.first_N + (second + others_N) * joined.second_N - others_N * joined.between
+    return grown_N / (first + second + others_N)
 
 
 def pair_up(similarity_NN: Tensor, keep: int, coefficient_N: Tensor, rule: Rule) -> Tensor:
     """Merge the most similar pair until ``keep`` neurons are left.
 
     Args:
-        similarity_NN: symmetric; its upper triangle is used. Copied.
+        similarity_NN: symmetric (the upper triangle is used); neurons expert by expert, ``keep`` of each. Copied.
         keep: how many to leave.
-        coefficient_N: positive weights of the neurons; a merged one has the sum of its parts'.
-        rule: similarities of a merged neuron.
+        coefficient_N: positive weights of the neurons; a joined one has the sum of its parts'.
+        rule: similarities of a joined neuron.
 
     Returns:
         int64 [N]: slots 0..keep-1, numbered by the lowest neuron in each. Ties go to the lowest indices.
     """
     similar = _symmetric(similarity_NN)
     count = len(similar)
-    coefficient = coefficient_N.double().tolist()
+    weight_N = coefficient_N.cpu().numpy().astype(similar.dtype)
+    parts_NE = np.arange(count)[:, None] // keep == np.arange(count // keep)[None, :]
     parent = np.arange(count)
     partner, best = similar.argmax(axis=1), similar.max(axis=1)
     fresh = np.ones(count, dtype=bool)
     for _ in range(count - keep):
-        # A row is searched again only when its bound comes out on top, which few rows of a merged neuron's partners do.
+        # A row is searched again only when its bound comes out on top, which few rows of a joined neuron's partners do.
         while not fresh[first := int(best.argmax())]:
             partner[first] = similar[first].argmax()
             best[first], fresh[first] = similar[first, partner[first]], True
         first, second = sorted((first, int(partner[first])))
-        row = rule(similar[first], similar[second], coefficient[first], coefficient[second])
+        parts_NE[first] |= parts_NE[second]
+        row = rule(
+            Joined(
+                *(similar[first], similar[second], float(similar[first, second])),
+                *(float(weight_N[first]), float(weight_N[second]), weight_N),
+                (parts_NE & parts_NE[first]).any(axis=1),
+            )
+        )
         row[[first, second]] = -np.inf
-        coefficient[first] += coefficient[second]
+        weight_N[first] += weight_N[second]
         parent[second] = first
         similar[first, :] = similar[:, first] = row
         similar[second, :] = similar[:, second] = -np.inf
@@ -98,13 +121,31 @@ def _symmetric(similarity_NN: Tensor) -> NDArray[np.floating]:
     return similar
 
 
-def weight_similarity(weights: ExpertWeights, include_output: bool = True) -> Tensor:
-    """[N, N] inner products of all neurons of the stacked experts, N = E x F, expert by expert."""
+def inner_products(weights: ExpertWeights, include_output: bool = True) -> Tensor:
+    """[N, N] inner products of all neurons of the stacked experts, N = E x F, expert by expert.
+
+    A neuron is its input rows and biases and, if ``include_output``, its output column.
+    """
     parts = [_neurons(weights, name) for name in weights.names(Role.INPUT, Role.INPUT_BIAS)]
     if include_output:
         parts += [_neurons(weights, name) for name in weights.names(Role.OUTPUT)]
     neurons_NP = torch.cat(parts, dim=1)
     return neurons_NP @ neurons_NP.t()
+
+
+def ward_similarity(product_NN: Tensor, coefficient_N: Tensor) -> Tensor:
+    """[N, N]: minus what merging two neurons adds to the squared distance of neurons from the mean of their slot.
+
+    That is a b / (a + b) times the squared distance of the two, for coefficients a and b (Ward's criterion). Inner
+    products themselves would pair a small neuron with a large one rather than with its equal.
+
+    Args:
+        product_NN: inner products of the neurons.
+        coefficient_N: their positive weights.
+    """
+    square_N, weight_N = product_NN.diagonal(), coefficient_N.to(product_NN)
+    distance_NN = (square_N[:, None] + square_N[None, :]).sub_(product_NN, alpha=2).clamp_(min=0)
+    return distance_NN.mul_(-(weight_N[:, None] * weight_N[None, :]) / (weight_N[:, None] + weight_N[None, :]))
 
 
 def _neurons(weights: ExpertWeights, name: str) -> Tensor:
@@ -139,12 +180,6 @@ def zip_weights(weights: ExpertWeights, slot_N: Tensor, share_E: Tensor) -> Expe
     return weights.map(zipped)
 
 
-def _slots(members: ExpertWeights, similarity_NN: Tensor, share_E: Tensor, rule: Rule) -> Tensor:
-    # An expert without any share would leave its neurons without an average of their own.
-    coefficient_N = share_E.clamp(min=1e-9).repeat_interleave(members.width)
-    return pair_up(similarity_NN, members.width, coefficient_N, rule)
-
-
 def _merge(inputs: MergeInputs, by_activation: bool) -> Merged:
     inputs.weights.require_finite(inputs.layer)
     grouping = inputs.grouping
@@ -154,8 +189,10 @@ def _merge(inputs: MergeInputs, by_activation: bool) -> Merged:
         if len(experts) == 1:
             continue
         members = inputs.weights.select(experts)
+        # An expert without any share would leave its neurons without an average of their own.
+        coefficient_N = share_E[experts].clamp(min=1e-9).repeat_interleave(members.width)
         similarity_NN: Tensor | None = None
-        rule: Rule = averaged
+        rule: Rule = ward
         if by_activation:
             tokens, activation = inputs.require_tokens("ZipIt")
             inputs_TD = torch.cat([tokens[expert] for expert in experts.tolist()])
@@ -163,8 +200,8 @@ def _merge(inputs: MergeInputs, by_activation: bool) -> Merged:
                 hidden_TN = torch.cat([hidden(members, e, inputs_TD, activation) for e in range(len(experts))], dim=1)
                 similarity_NN, rule = correlation(hidden_TN, hidden_TN), penalised(ALPHA)
         if similarity_NN is None:
-            similarity_NN = weight_similarity(members)
-        slot_N = _slots(members, similarity_NN, share_E[experts], rule)
+            similarity_NN = ward_similarity(inner_products(members), coefficient_N)
+        slot_N = pair_up(similarity_NN, members.width, coefficient_N, rule)
         for name, tensor in zip_weights(members, slot_N, share_E[experts]).tensors.items():
             made.tensors[name][group] = tensor[0]
     return Merged(made, grouping.expert_to_group.clone(), share_E, grouping.dominant.clone())
@@ -181,5 +218,5 @@ def zipit(inputs: MergeInputs) -> Merged:
 
 
 def zipit_weight(inputs: MergeInputs) -> Merged:
-    """Pair neurons by the inner products of their weights, input rows and output columns; needs no tokens."""
+    """Pair neurons by the distance of their weights, input rows with output columns; needs no tokens."""
     return _merge(inputs, by_activation=False)
