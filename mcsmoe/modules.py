@@ -235,6 +235,10 @@ class RedirectedExperts(nn.Module):
         present_TG = torch.zeros(tokens, groups + 1, dtype=torch.bool, device=hidden_TD.device)
         present_TG = present_TG.scatter_(1, group_TK, True)[:, :groups]
         weight_TG = weights_TK.new_zeros(tokens, groups + 1).scatter_add(1, group_TK, weights_TK)
+        return self._combine(hidden_TD, present_TG, weight_TG)
+
+    def _combine(self, hidden_TD: Tensor, present_TG: Tensor, weight_TG: Tensor) -> Tensor:
+        """[T, D]: every group on the tokens that are present there, weighted and summed; one pass over the groups."""
         pair_group, pair_token = present_TG.t().nonzero(as_tuple=True)
         pair_weight = weight_TG[pair_token, pair_group, None]
         counts = present_TG.sum(dim=0).tolist()
@@ -265,6 +269,36 @@ class OneHotRedirectedExperts(RedirectedExperts):
         dispatch_TE = expert_TK[:, 0]
         expert_T = torch.where(dispatch_TE.any(dim=1), dispatch_TE.argmax(dim=1), -1)
         return super().forward(hidden_TD, expert_T[:, None], weights_TK)
+
+
+class TopTwoRedirectedExperts(RedirectedExperts):
+    """The same, called as NLLB-MoE calls its experts: (hidden_TD, dispatch of the first choice, weights_TE).
+
+    A token is computed by every expert whose weight for it is not zero, so one over capacity is not. ``masking`` is the
+    probability of expert output masking: outputs are dropped in training and scaled by 1 - ``masking`` otherwise.
+    """
+
+    def __init__(
+        self,
+        projections: Mapping[str, Projection],
+        roles: Mapping[str, Role],
+        activation: ExpertActivation,
+        expert_to_group: Tensor,
+        dropout: float = 0.0,
+        masking: float = 0.0,
+    ) -> None:
+        super().__init__(projections, roles, activation, expert_to_group, dropout)
+        self.masking = nn.Dropout(masking)
+
+    def forward(self, hidden_TD: Tensor, _first_TE: Tensor, weights_TE: Tensor) -> Tensor:
+        empty_TG = weights_TE.new_zeros(hidden_TD.shape[0], self.num_groups)
+        weight_TG = empty_TG.index_add(1, self.expert_to_group, weights_TE)
+        present_TG = empty_TG.detach().index_add(1, self.expert_to_group, (weights_TE != 0).to(weights_TE.dtype)) > 0
+        return self._combine(hidden_TD, present_TG, weight_TG)
+
+    def _expert(self, group: int, inputs_ND: Tensor) -> Tensor:
+        outputs_ND = super()._expert(group, inputs_ND)
+        return self.masking(outputs_ND) if self.training else outputs_ND * (1 - self.masking.p)
 
 
 def dense_projections(weights: ExpertWeights) -> dict[str, Projection]:

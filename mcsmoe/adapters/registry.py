@@ -9,23 +9,41 @@ from mcsmoe.adapters.base import Adapter
 
 def adapters() -> list[type[Adapter]]:
     """All adapters, in the order they are asked. Imported here: each pulls in the model classes of its family."""
+    from mcsmoe.adapters.fused import FusedAdapter
+    from mcsmoe.adapters.nllb import NllbAdapter
     from mcsmoe.adapters.switch import SwitchAdapter
 
-    return [SwitchAdapter]
+    return [SwitchAdapter, NllbAdapter, FusedAdapter]
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter that treats ``model`` exactly.
+    """The adapter that treats ``model`` exactly, after it has made ``model`` ready.
 
     Raises:
-        ValueError: no adapter does; names the model class and type, and the families there are.
+        ValueError: no adapter does; names the model class and type, the reason, and the families there are.
     """
     found = adapters()
     for adapter in found:
         if adapter.matches(model):
-            return adapter()
+            made = adapter()
+            made.prepare(model)
+            return made
     kind = getattr(getattr(model, "config", None), "model_type", "unknown")
     raise ValueError(
-        f"{type(model).__name__} (model type {kind!r}) has no sparse layers that an adapter can treat exactly; "
+        f"{type(model).__name__} (model type {kind!r}) {_reason(model, found)}; "
         f"supported: {', '.join(adapter.name for adapter in found)}"
     )
+
+
+def _reason(model: nn.Module, found: list[type[Adapter]]) -> str:
+    for adapter in found:
+        reason = adapter.refusal(model)
+        if reason is not None:
+            return f"cannot be treated exactly: {reason}"
+    for path, module in model.named_modules():
+        if "expert" in type(module).__name__.lower() or path.rpartition(".")[2] == "experts":
+            return (
+                f"has experts ({path!r}, a {type(module).__name__}), but stores them in a way that no adapter can "
+                "treat exactly"
+            )
+    return "has no sparse layers: it is not a Mixture-of-Experts model, so there are no experts to merge or compress"

@@ -1,0 +1,251 @@
+"""What the adapters of gated and biased experts share: experts written, merged and compressed behind a redirect table.
+
+A family says how its own experts store their weights; everything that comes after merging is the same for all.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mcsmoe.adapters.base import Adapter, Capture
+from mcsmoe.modules import (
+    LowRankProjection,
+    Projection,
+    RedirectedExperts,
+    check_redirect,
+    dense_projections,
+    empty_projections,
+)
+from mcsmoe.types import ExpertWeights, LayerId, LayerSpec, LowRankFactors, Role, RoutedBatch
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """One expert of a layer: (o, i) and role of each matrix by tensor name, and which matrices have a bias."""
+
+    matrices: dict[str, tuple[int, int]]
+    roles: dict[str, Role]
+    biased: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shape per expert of every tensor, biases included."""
+        return self.matrices | {f"{name}_bias": self.matrices[name][:1] for name in self.biased}
+
+    def all_roles(self) -> dict[str, Role]:
+        """Role of every tensor, biases included."""
+        bias = {Role.INPUT: Role.INPUT_BIAS, Role.OUTPUT: Role.OUTPUT_BIAS}
+        return self.roles | {f"{name}_bias": bias[self.roles[name]] for name in self.biased}
+
+
+class RedirectingAdapter(Adapter):
+    """Everything about merged experts; a family adds how to find, read and fill its own."""
+
+    # -- what a family adds --------------------------------------------------------------------------------------
+    @abstractmethod
+    def _experts_name(self, model: nn.Module, layer: LayerId) -> str:
+        """Attribute of the sparse block that holds its experts; ValueError naming the layer if there is none."""
+
+    @abstractmethod
+    def _stock_shape(self, experts: nn.Module) -> ExpertShape: ...
+
+    @abstractmethod
+    def _stock_read(self, experts: nn.Module) -> ExpertWeights: ...
+
+    @abstractmethod
+    def _stock_write(self, experts: nn.Module, weights: ExpertWeights) -> None: ...
+
+    @abstractmethod
+    def _redirected(
+        self, experts: nn.Module, projections: Mapping[str, Projection], roles: dict[str, Role], table: Tensor
+    ) -> RedirectedExperts:
+        """The run-time module that takes the place of ``experts``, which may be stock or redirected already."""
+
+    # -- structure -----------------------------------------------------------------------------------------------
+    def _experts(self, model: nn.Module, layer: LayerId) -> nn.Module:
+        name = self._experts_name(model, layer)
+        return getattr(model.get_submodule(layer), name)
+
+    def _shape(self, model: nn.Module, layer: LayerId) -> ExpertShape:
+        experts = self._experts(model, layer)
+        if not isinstance(experts, RedirectedExperts):
+            return self._stock_shape(experts)
+        projections = {name: experts.projection(name) for name in experts.roles}
+        return ExpertShape(
+            {name: projection.shape[1:] for name, projection in projections.items()},
+            dict(experts.roles),
+            tuple(name for name, projection in projections.items() if projection.bias_Go is not None),
+        )
+
+    def expert_to_group(self, model: nn.Module, layer: LayerId) -> Tensor:
+        experts = self._experts(model, layer)
+        if isinstance(experts, RedirectedExperts):
+            return experts.expert_to_group.detach().cpu().clone()
+        return torch.arange(self.num_experts(model, layer), device="cpu")
+
+    # -- weights -------------------------------------------------------------------------------------------------
+    def read_experts(self, model: nn.Module, layer: LayerId) -> ExpertWeights:
+        experts = self._experts(model, layer)
+        return experts.weights() if isinstance(experts, RedirectedExperts) else self._stock_read(experts)
+
+    def write_experts(
+        self, model: nn.Module, layer: LayerId, weights: ExpertWeights, expert_to_group: Tensor | None = None
+    ) -> None:
+        self._check_shapes(model, layer, weights)
+        if expert_to_group is None:
+            self._write_values(model, layer, weights)
+            return
+        check_redirect(layer, expert_to_group, self.num_experts(model, layer), weights.num_experts)
+        device, dtype = self._placement(model, layer)
+        copies = weights.map(lambda _, tensor: tensor.detach().to(device=device, dtype=dtype, copy=True))
+        self._replace(model, layer, dense_projections(copies), expert_to_group)
+
+    @torch.no_grad()
+    def _write_values(self, model: nn.Module, layer: LayerId, weights: ExpertWeights) -> None:
+        experts = self._experts(model, layer)
+        room = experts.num_groups if isinstance(experts, RedirectedExperts) else self.num_experts(model, layer)
+        if weights.num_experts != room:
+            raise ValueError(
+                f"layer {layer!r}: {weights.num_experts} experts for {room}; give expert_to_group to merge them"
+            )
+        if not isinstance(experts, RedirectedExperts):
+            self._stock_write(experts, weights)
+            return
+        for name in experts.roles:
+            projection = experts.projection(name)
+            target = getattr(projection, "weight_Goi", None)
+            if target is None:
+                raise ValueError(
+                    f"layer {layer!r} is compressed; write dense experts with their redirect table, or use "
+                    "write_compressed"
+                )
+            target.copy_(weights.tensors[name])
+            if projection.bias_Go is not None:
+                projection.bias_Go.copy_(weights.tensors[f"{name}_bias"])
+
+    def write_compressed(
+        self,
+        model: nn.Module,
+        layer: LayerId,
+        factors: Mapping[str, LowRankFactors],
+        biases: Mapping[str, Tensor],
+        expert_to_group: Tensor,
+    ) -> None:
+        shape = self._shape(model, layer)
+        needed = {f"{name}_bias" for name in shape.biased}
+        if set(factors) != set(shape.matrices) or set(biases) != needed:
+            raise ValueError(
+                f"layer {layer!r}: factors for {sorted(shape.matrices)} and biases {sorted(needed)} are needed, got "
+                f"{sorted(factors)} and {sorted(biases)}"
+            )
+        for name, parts in factors.items():
+            if tuple(parts.residual_Goi.shape[1:]) != shape.matrices[name]:
+                raise ValueError(
+                    f"layer {layer!r}: the residual of {name!r} is {tuple(parts.residual_Goi.shape[1:])}, "
+                    f"the layer needs {shape.matrices[name]}"
+                )
+        groups = {parts.residual_Goi.shape[0] for parts in factors.values()} | {t.shape[0] for t in biases.values()}
+        if len(groups) != 1:
+            raise ValueError(f"layer {layer!r}: {sorted(groups)} groups are stacked; all tensors need the same")
+        check_redirect(layer, expert_to_group, self.num_experts(model, layer), groups.pop())
+        device, dtype = self._placement(model, layer)
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device=device, dtype=dtype, copy=True)
+
+        projections: dict[str, Projection] = {}
+        for name in shape.matrices:
+            parts, bias = factors[name], biases.get(f"{name}_bias")
+            copies = LowRankFactors(copy(parts.u_GoR), copy(parts.v_GRi), copy(parts.residual_Goi))
+            projections[name] = LowRankProjection(copies, None if bias is None else copy(bias))
+        self._replace(model, layer, projections, expert_to_group)
+
+    def install(self, model: nn.Module, layer: LayerId, spec: LayerSpec) -> None:
+        table = torch.tensor(spec.expert_to_group, dtype=torch.int64, device="cpu")
+        check_redirect(layer, table, self.num_experts(model, layer), spec.num_groups)
+        shape = self._shape(model, layer)
+        if spec.compression is not None and set(spec.compression.kept_rows) != set(shape.matrices):
+            raise ValueError(
+                f"layer {layer!r}: compressed tensors {sorted(spec.compression.kept_rows)} described, "
+                f"{sorted(shape.matrices)} needed"
+            )
+        device, dtype = self._placement(model, layer)
+        projections = empty_projections(spec, shape.matrices, shape.biased, device=device, dtype=dtype)
+        self._replace(model, layer, projections, table)
+
+    def _replace(self, model: nn.Module, layer: LayerId, projections: Mapping[str, Projection], table: Tensor) -> None:
+        name, device = self._experts_name(model, layer), self._placement(model, layer)[0]
+        old = self._experts(model, layer)
+        # On meta the table still holds its numbers: they are structure, and nothing would fill them in later.
+        table = table if device.type == "meta" else table.to(device)
+        made = self._redirected(old, projections, self._shape(model, layer).roles, table)
+        setattr(model.get_submodule(layer), name, made.train(old.training))
+
+    def _placement(self, model: nn.Module, layer: LayerId) -> tuple[torch.device, torch.dtype]:
+        parameter = next(self._experts(model, layer).parameters())
+        return parameter.device, parameter.dtype
+
+    def _check_shapes(self, model: nn.Module, layer: LayerId, weights: ExpertWeights) -> None:
+        shapes = self._shape(model, layer).tensors
+        if set(weights.tensors) != set(shapes):
+            raise ValueError(f"layer {layer!r}: tensors {sorted(weights.tensors)} given, {sorted(shapes)} needed")
+        for name, shape in shapes.items():
+            if tuple(weights.tensors[name].shape[1:]) != shape:
+                raise ValueError(
+                    f"layer {layer!r}: tensor {name!r} is {tuple(weights.tensors[name].shape[1:])} per expert, "
+                    f"the layer needs {shape}"
+                )
+
+
+@contextmanager
+def recording(model: nn.Module, hooks: list[Any], captured: Capture, call: dict[str, Any]) -> Iterator[Capture]:
+    """Yields ``captured``; it is emptied and ``call`` filled with the model's arguments at every forward pass."""
+    import inspect
+
+    signature = inspect.signature(model.forward)
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        captured.batches.clear()
+        call.clear()
+        call.update(signature.bind_partial(*args, **kwargs).arguments)
+
+    hooks.append(model.register_forward_pre_hook(before, with_kwargs=True))
+    try:
+        yield captured
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def newest_positions(mask_BS: Tensor | None, layer: LayerId, inputs_TD: Tensor) -> Tensor:
+    """bool [T]: ``mask_BS`` at the positions that pass through the layer; all of them if there is no mask.
+
+    With a cache the mask also covers earlier positions; only the newest ones pass through.
+
+    Raises:
+        ValueError: the mask is not [rows, positions], or the layer sees other tokens than it covers; names the layer.
+    """
+    tokens = inputs_TD.shape[0]
+    if mask_BS is None:
+        return torch.ones(tokens, dtype=torch.bool, device=inputs_TD.device)
+    if not isinstance(mask_BS, Tensor) or mask_BS.ndim != 2:
+        found = tuple(mask_BS.shape) if isinstance(mask_BS, Tensor) else type(mask_BS).__name__
+        raise ValueError(f"layer {layer!r}: the attention mask is {found}; give the tokenizer's, rows x tokens")
+    rows, length = mask_BS.shape
+    if tokens % rows or tokens // rows > length:
+        raise ValueError(f"layer {layer!r} sees {tokens} tokens, which is not what a mask of {rows} x {length} covers")
+    return mask_BS.to(device=inputs_TD.device, dtype=torch.bool)[:, length - tokens // rows :].reshape(-1)
+
+
+def detached(batch: RoutedBatch) -> RoutedBatch:
+    """The same batch without its graph."""
+    return RoutedBatch(**{name: tensor.detach() for name, tensor in vars(batch).items()})
