@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcsmoe.types import LayerId
 
 LINKAGES = ("average", "complete", "single", "weighted", "ward")
 
 
-def cluster(similarity_EE: Tensor, groups: int, linkage: str = "average", layer: LayerId = "") -> Tensor:
+def cluster(similarity_EE: Tensor, groups: int, linkage: str = "average") -> Tensor:
     """Merge the closest clusters, at distance 1 - similarity, until ``groups`` are left.
 
     Returns:
