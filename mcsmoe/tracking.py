@@ -8,7 +8,6 @@ only then is the old one deleted, so that a publication killed half-way loses no
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
@@ -18,16 +17,16 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlparse
 
-import pandas as pd
-
 from mcsmoe.console import progress
-from mcsmoe.provenance import code_digest
+from mcsmoe.run_record import RunRecord, content_digest, final_metrics, flatten, points, write_artefacts
+
+__all__ = ["Publication", "RunRecord", "embedded_uri", "final_metrics", "publish", "store_of", "ui_command"]
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,6 @@ DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
 _KEY, _ORIGIN, _DIGEST = "workflow.key", "workflow.origin", "workflow.digest"
 _EMBEDDED = "embedded"
 _METRICS_PER_CALL, _VALUES_PER_CALL = 1000, 100  # limits of MLflow's REST interface
-_LONGEST_VALUE = 6000
 
 # Read when mlflow is imported. Nothing leaves the machine; a dead server is reported in seconds, not minutes.
 _ENVIRONMENT = {
@@ -46,40 +44,6 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
 }
 
-FigureSource = Any
-"""A matplotlib Figure, a function that draws one (called only if the run is logged), or the path of a picture."""
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """All that is published of one variant at one number of experts and one seed.
-
-    ``parameters`` may be nested (flattened with dots); ``metrics`` are final values; ``curves`` gives per stage a table
-    ``training``, logged step by step as ``<stage>/<column>``; ``tables`` become CSV, ``figures`` PNG artefacts.
-    """
-
-    task: str
-    variant: str
-    experts: int
-    seed: int
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    tags: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    curves: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    figures: Mapping[str, FigureSource] = field(default_factory=dict)
-    files: Sequence[Path] = ()
-
-    @property
-    def key(self) -> str:
-        """What identifies the run in its workflow."""
-        return f"{self.task}/{self.variant}/{self.experts}e/seed{self.seed}"
-
-    @property
-    def name(self) -> str:
-        """The run's name in the UI."""
-        return f"{self.variant} {self.experts}e seed {self.seed}"
-
 
 @dataclass(frozen=True)
 class Publication:
@@ -88,71 +52,6 @@ class Publication:
     key: str
     run_id: str
     action: str
-
-
-# -- what a record says ------------------------------------------------------------------------------------------
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as flat names and text: ``{"a": {"b": 1}}`` is ``{"a.b": "1"}``; lists are JSON."""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            text = json.dumps(value, default=str) if isinstance(value, list | tuple) else str(value)
-            flat[f"{prefix}{name}"] = text[:_LONGEST_VALUE]
-    return flat
-
-
-def final_metrics(summary: Mapping[str, Any], metrics: pd.DataFrame, cost: Mapping[str, Any]) -> dict[str, float]:
-    """The final values of a run under names that are the same for every variant, so that runs can be compared.
-
-    Args:
-        summary: the run's row of table ``summary``.
-        metrics: the run's rows of table ``metrics``; those of the final stage are named ``metrics/<metric>``, others
-            ``metrics/<stage>/<metric>``; a protocol other than the summary's is named too.
-        cost: the run's row of table ``cost``; its numbers are named ``cost/<column>``.
-    """
-    found: dict[str, Any] = {"score": summary["value"]}
-    found |= {f"score_{end}": summary[end] for end in ("ci_low", "ci_high")}
-    found |= {f"score_{name}": summary[name] for name in ("n", "difference", "p_value")}
-    for row in metrics.to_dict("records"):
-        parts = ["metrics"]
-        parts += [row["stage"]] if row["stage"] != summary["stage"] else []
-        parts += [row["protocol"]] if row["protocol"] != summary["protocol"] else []
-        name = "/".join([*parts, row["metric"]])
-        found |= {name: row["value"], f"{name}_ci_low": row["ci_low"], f"{name}_ci_high": row["ci_high"]}
-    settings = {"experts", "seed", "batch_size", "input_tokens", "label_tokens", "threads"}
-    for name, value in cost.items():
-        if name not in settings and (isinstance(value, int | float) or getattr(value, "ndim", None) == 0):
-            found[f"cost/{name}"] = value
-    return {name: float(value) for name, value in found.items()}
-
-
-def _table_bytes(frame: pd.DataFrame) -> bytes:
-    return frame.to_csv(index=False, lineterminator="\n").encode()
-
-
-def content_digest(record: RunRecord) -> str:
-    """SHA-256 of everything a run of ``record`` would hold; pictures by how they are drawn, files by content."""
-    digest = hashlib.sha256()
-
-    def add(kind: str, name: str, content: bytes) -> None:
-        digest.update(f"{kind}\0{name}\0{len(content)}\0".encode() + content)
-
-    add("key", record.key, b"")
-    for kind, values in (("parameter", record.parameters), ("tag", record.tags), ("metric", record.metrics)):
-        for name, text in sorted(flatten(values).items()):
-            add(kind, name, text.encode())
-    for kind, tables in (("curve", record.curves), ("table", record.tables)):
-        for name, frame in sorted(tables.items()):
-            add(kind, name, _table_bytes(frame))
-    for name, figure in sorted(record.figures.items()):
-        add("figure", name, Path(figure).read_bytes() if isinstance(figure, str | Path) else b"")
-    for file in sorted(record.files):
-        add("file", Path(file).name, Path(file).read_bytes())
-    if record.figures:
-        add("code", "plots", code_digest(Path(__file__).with_name("plots.py")).encode())
-    return digest.hexdigest()
 
 
 # -- where it goes -----------------------------------------------------------------------------------------------
@@ -202,6 +101,7 @@ class _Store:
         self.mlflow = _mlflow()
         self.results, self.embedded = results, uri == embedded_uri(results)
         self.root = results / ARTIFACTS
+        self.pictures: dict[str, bytes] = {}
         self.origin = _EMBEDDED if self.embedded else hashlib.sha256(str(results).encode()).hexdigest()[:16]
         if self.embedded:
             results.mkdir(parents=True, exist_ok=True)
@@ -352,42 +252,14 @@ def _log_run(store: _Store, experiment: str, record: RunRecord, digest: str) -> 
         client.log_batch(run_id, params=parameters[begin : begin + _VALUES_PER_CALL])
     metrics = [Metric(name, value, now, 0) for name, value in record.metrics.items() if not math.isnan(value)]
     for stage, curve in record.curves.items():
-        metrics += [Metric(*point) for point in _points(stage, curve, start)]
+        metrics += [Metric(*point) for point in points(stage, curve, start)]
         start += int(float(curve["seconds"].sum()) * 1000) if "seconds" in curve else 0
     for begin in range(0, len(metrics), _METRICS_PER_CALL):
         client.log_batch(run_id, metrics=metrics[begin : begin + _METRICS_PER_CALL])
     with tempfile.TemporaryDirectory(prefix="mcsmoe-publish-") as scratch:
-        _write_artefacts(record, Path(scratch))
+        write_artefacts(record, Path(scratch), store.pictures)
         if any(Path(scratch).iterdir()):
             client.log_artifacts(run_id, scratch)
     client.log_batch(run_id, tags=[RunTag(_DIGEST, digest)])
     client.set_terminated(run_id, end_time=now)
     return run_id
-
-
-def _points(stage: str, curve: pd.DataFrame, start: int) -> list[tuple[str, float, int, int]]:
-    """(name, value, time in ms, step) of every number of a training curve that is one."""
-    seconds = curve["seconds"].fillna(0.0).cumsum() if "seconds" in curve else pd.Series(0.0, index=curve.index)
-    times = [start + int(second * 1000) for second in seconds]
-    steps = [int(step) for step in curve["step"]]
-    points: list[tuple[str, float, int, int]] = []
-    for column in curve.columns.drop("step"):
-        values = curve[column].astype(float).tolist()
-        name = f"{stage}/{column}"
-        points += [(name, v, at, step) for v, at, step in zip(values, times, steps, strict=True) if not math.isnan(v)]
-    return points
-
-
-def _write_artefacts(record: RunRecord, folder: Path) -> None:
-    for name, frame in record.tables.items():
-        (folder / "tables").mkdir(exist_ok=True)
-        (folder / "tables" / f"{name}.csv").write_bytes(_table_bytes(frame))
-    for name, source in record.figures.items():
-        (folder / "figures").mkdir(exist_ok=True)
-        if isinstance(source, str | Path):
-            shutil.copy(source, folder / "figures" / f"{name}{Path(source).suffix}")
-            continue
-        figure = source() if callable(source) else source
-        figure.savefig(folder / "figures" / f"{name}.png", dpi=110, facecolor="white")
-    for file in record.files:
-        shutil.copy(file, folder / Path(file).name)
