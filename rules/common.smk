@@ -288,9 +288,7 @@ def whitening_input(wildcards):
 # -- measuring -----------------------------------------------------------------------------------------------------
 # Whether any method weighs inputs by how often they occur; what that needs is collected only then.
 WHITEN = any(METHODS[variant].decomposition == "whitened" for variant in CONFIG["variants"])
-LABELS = {
-    checkpoint: (variant, experts) for variant, experts, checkpoint in evaluated()
-}
+LABELS = {made: (variant, experts) for variant, experts, made in evaluated()}
 RUN_LIST = json.dumps(
     [
         {
