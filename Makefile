@@ -6,6 +6,7 @@
 PYTHON ?= python3
 CORES ?= all
 CONFIG ?= config.yaml
+RESULTS ?= results
 VENV := .venv
 RUN := $(VENV)/bin/python
 
@@ -28,7 +29,7 @@ test: $(VENV)/.ready
 	$(RUN) -m pytest
 
 ui: $(VENV)/.ready
-	$(RUN) workflow_scripts/ui.py --configfile "$(CONFIG)"
+	$(RUN) workflow_scripts/ui.py --results "$(RESULTS)"
 
 clean:
 	rm -rf results

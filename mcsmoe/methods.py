@@ -24,7 +24,7 @@ GROUPINGS = ("dominant", "spectral", "hierarchical", "random")
 
 MERGES = (
     *("frequency", "uniform", "fisher", "reversed", "random", "prune", "drop", "reap"),
-    *("git-rebasin", "repair", "zipit"),
+    *("git-rebasin", "repair", "zipit", "zipit-weight"),
 )
 """Names of the merge methods (``mcsmoe.merge.METHODS``)."""
 

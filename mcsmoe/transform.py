@@ -279,7 +279,7 @@ def groups_frame(groupings: Mapping[LayerId, Grouping], evidence: Evidence, merg
         leads_E = torch.zeros(grouping.num_experts, dtype=torch.bool)
         leads_E[grouping.dominant] = True
         weighed_E = frequency_E
-        if merge in ("uniform", "git-rebasin", "repair", "zipit"):
+        if merge in ("uniform", "git-rebasin", "repair", "zipit", "zipit-weight"):
             weighed_E = torch.ones_like(frequency_E)
         elif merge in ("prune", "drop", "reap"):
             weighed_E = leads_E.to(frequency_E)

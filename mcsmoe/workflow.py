@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,10 +61,18 @@ def ending(results: Path) -> str:
     """The result table, where the report is, and how to open the tracked runs; empty until everything is summarised."""
     from mcsmoe.summary import as_text
     from mcsmoe.tables import read_table
-    from mcsmoe.tracking import ui_command
 
     if not (results / "summary.parquet").is_file():
         return ""
     summary = read_table(results / "summary.parquet", "summary")
     report = results / "report.html"
-    return "\n".join(["", as_text(summary), "", f"report:   {report}", f"MLflow:   {ui_command(results)}", ""])
+    return "\n".join(
+        [
+            "",
+            as_text(summary),
+            "",
+            f"report:   {report}",
+            f"MLflow:   {shlex.join([sys.executable, 'workflow_scripts/ui.py', '--results', str(results)])}",
+            "",
+        ]
+    )

@@ -9,22 +9,20 @@ from pathlib import Path
 
 from mcsmoe import console
 
-EXAMPLE = "python workflow_scripts/ui.py --configfile config.yaml"
+EXAMPLE = "python workflow_scripts/ui.py --results results"
 
 
 def parse() -> argparse.Namespace:
     parser = console.parser(__doc__, EXAMPLE)
-    parser.add_argument("--configfile", type=Path, default=Path("config.yaml"), help="configuration that was run")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of results")
+    parser.add_argument("--port", type=int, default=5000, help="port on this machine")
     return parser.parse_args()
 
 
 def main(arguments: argparse.Namespace) -> None:
-    import yaml
-
     from mcsmoe.tracking import ui_command
 
-    results = Path((yaml.safe_load(arguments.configfile.read_text()) or {}).get("results", "results"))
-    words = shlex.split(ui_command(results))
+    words = shlex.split(ui_command(arguments.results, port=arguments.port))
     os.execvp(words[0], words)
 
 
