@@ -2,82 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_models
 import torch
-from tiny_models import CHOICES, DECODERS, DENSE_LAYERS, batch, logits, model
-from torch import Tensor, nn
-from torch.nn import functional
+from fused_forms import apart, biases, double, factors, merge, one_token, opened, table_of
+from tiny_models import CHOICES, DECODERS, DENSE_LAYERS, batch, logits
+from torch import Tensor
 
 import mcsmoe
 from mcsmoe import modules
-from mcsmoe.adapters.base import Adapter
 from mcsmoe.adapters.registry import adapter_for
-from mcsmoe.types import ExpertWeights, LayerSpec, LowRankFactors, Role
+from mcsmoe.types import ExpertWeights, LayerSpec, Role
 
 FAMILIES = list(DECODERS)
 # Logits of these models are of size 0.1 to 1: another order of the same float32 sums moves them by some 1e-7.
 TOLERANCE = 2e-6
 # In float64 the experts differ by 1e-16, and the norms of these families round even that away to float32 bits.
 TOLERANCE_64 = 1e-12
-
-
-def opened(family: str, **changes: Any) -> tuple[nn.Module, Adapter, list[str]]:
-    made = model(family, **changes)
-    adapter = adapter_for(made)
-    return made, adapter, adapter.layers(made)
-
-
-def double(made: Any) -> None:
-    """float64 everywhere; the grouped matrix product of torch has no float64."""
-    made.double()
-    made.set_experts_implementation("eager")
-
-
-def factors(weights: ExpertWeights, rank: int) -> dict[str, LowRankFactors]:
-    made = {}
-    for name in weights.names(Role.INPUT, Role.OUTPUT):
-        matrix = weights.tensors[name]
-        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-        u, v = u[..., :rank] * s[:, None, :rank], vh[:, :rank]
-        made[name] = LowRankFactors(u.to(matrix), v.to(matrix), (matrix.double() - u @ v).to(matrix))
-    return made
-
-
-def biases(weights: ExpertWeights) -> dict[str, Tensor]:
-    return {name: weights.tensors[name] for name in weights.names(Role.INPUT_BIAS, Role.OUTPUT_BIAS)}
-
-
-def table_of(experts: int) -> Tensor:
-    return torch.tensor([0, 1, 0, 2, 1, 0, 2, 1][:experts])
-
-
-def merge(made: nn.Module, adapter: Adapter, layers: list[str]) -> None:
-    """Averages of unlike experts, so that a wrong redirect shows."""
-    for layer in layers:
-        weights, table = adapter.read_experts(made, layer), table_of(adapter.num_experts(made, layer))
-        groups = [
-            weights.select((table == group).nonzero()[:, 0]).map(lambda _, t: t.mean(0, keepdim=True))
-            for group in range(3)
-        ]
-        adapter.write_experts(
-            made, layer, weights.map(lambda name, _, g=groups: torch.cat([one.tensors[name] for one in g])), table
-        )
-
-
-def compress(made: nn.Module, adapter: Adapter, layers: list[str], rank: int = 3) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for layer in layers:
-        weights, table = adapter.read_experts(made, layer), adapter.expert_to_group(made, layer)
-        parts = factors(weights, rank)
-        for one in parts.values():
-            one.residual_Goi[torch.rand(one.residual_Goi.shape[:2], generator=generator) < 0.7] = 0
-        adapter.write_compressed(made, layer, parts, biases(weights), table)
 
 
 # -- structure ---------------------------------------------------------------------------------------------------
@@ -96,30 +39,6 @@ def test_sparse_layers_are_found_and_dense_ones_passed_over(family: str) -> None
     assert weights.roles == (matrices | bias if family == "gpt_oss" else matrices)
 
 
-def _apart(family: str, state: dict[str, Tensor], layer: str, expert: int) -> dict[str, Tensor]:
-    """The matrices of one expert straight from the state dict, by what each family's own code does with them."""
-    first, down = state[f"{layer}.experts.gate_up_proj"][expert], state[f"{layer}.experts.down_proj"][expert]
-    if family == "gpt_oss":  # x @ W, even columns are the gate
-        first_bias = state[f"{layer}.experts.gate_up_proj_bias"][expert]
-        return {
-            "gate": first[:, 0::2].T,
-            "up": first[:, 1::2].T,
-            "down": down.T,
-            "gate_bias": first_bias[0::2],
-            "up_bias": first_bias[1::2],
-            "down_bias": state[f"{layer}.experts.down_proj_bias"][expert],
-        }
-    return {"gate": first[:24], "up": first[24:], "down": down}
-
-
-def _one_token(family: str, parts: dict[str, Tensor], x: Tensor) -> Tensor:
-    if family == "gpt_oss":
-        gate = (parts["gate"] @ x + parts["gate_bias"]).clamp(max=0.5)
-        up = (parts["up"] @ x + parts["up_bias"]).clamp(-0.5, 0.5)
-        return parts["down"] @ ((up + 1) * gate * torch.sigmoid(1.702 * gate)) + parts["down_bias"]
-    return parts["down"] @ (functional.silu(parts["gate"] @ x) * (parts["up"] @ x))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("form", ["stock", "merged", "compressed"])
 def test_experts_compute_what_the_raw_state_dict_says_token_by_token(family: str, form: str) -> None:
@@ -130,8 +49,8 @@ def test_experts_compute_what_the_raw_state_dict_says_token_by_token(family: str
     experts = adapter.num_experts(made, layer)
     weights = adapter.read_experts(made, layer)
     for expert in range(experts):
-        apart = _apart(family, state, layer, expert)
-        assert all(torch.equal(weights.tensors[name][expert], apart[name]) for name in weights.tensors)
+        alone = apart(family, state, layer, expert)
+        assert all(torch.equal(weights.tensors[name][expert], alone[name]) for name in weights.tensors)
     if form == "merged":
         adapter.write_experts(made, layer, weights, torch.arange(experts))
     elif form == "compressed":
@@ -146,7 +65,7 @@ def test_experts_compute_what_the_raw_state_dict_says_token_by_token(family: str
     expected = torch.stack(
         [
             sum(
-                weight * _one_token(family, _apart(family, state, layer, int(expert)), x)
+                weight * one_token(family, apart(family, state, layer, int(expert)), x)
                 for expert, weight in zip(chosen, weights_K, strict=True)
             )
             for x, chosen, weights_K in zip(routed.inputs_TD, routed.chosen_TK, routed.weights_TK, strict=True)
@@ -290,6 +209,35 @@ def test_router_parameters_are_named(family: str) -> None:
     assert adapter.router_parameters(made) == names
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_a_dropped_expert_is_never_chosen_and_stays_so_after_loading(family: str, tmp_path: Path) -> None:
+    made, adapter, layers = opened(family)
+    dropped = torch.arange(adapter.num_experts(made, layers[0])) == 2
+    if (
+        family == "deepseek_v3"
+    ):  # a group of two experts with one dropped is not taken any more: too few groups are left
+        adapter.mask_router(made, layers[0], dropped)
+        everything = torch.arange(8) % 2 == 0
+        with pytest.raises(ValueError, match=rf"{layers[0]}.*left with 0 to choose 3"):
+            adapter.mask_router(made, layers[0], everything)
+    else:
+        adapter.mask_router(made, layers[0], dropped)
+        with pytest.raises(ValueError, match=r"left with 2 to choose 3"):
+            adapter.mask_router(made, layers[0], torch.arange(6) > 1)
+    merge(made, adapter, layers[1:])
+    mcsmoe.save(made, tmp_path / "out")
+    for one in (made, mcsmoe.load(tmp_path / "out")):
+        with adapter.capture(one) as captured:
+            logits(one, batch())
+        assert (captured.batches[layers[0]].wanted_TK != 2).all()
+
+
+def test_a_router_without_a_bias_cannot_be_kept_from_choosing_an_expert() -> None:
+    made, adapter, layers = opened("mixtral")
+    with pytest.raises(ValueError, match=rf"{layers[0]}.*redirect instead"):
+        adapter.mask_router(made, layers[0], torch.arange(6) == 0)
+
+
 def test_capped_router_logits_are_not_taken_for_raw_ones() -> None:
     made, adapter, layers = opened("laguna")
     with adapter.capture(made) as captured:
@@ -321,162 +269,6 @@ def test_without_a_mask_all_positions_count_and_a_mask_of_other_shape_is_refused
         assert captured.batches[layers[0]].valid_T.sum() == 55
         with pytest.raises(ValueError, match=rf"{layers[0]}.*\(5, 1, 11, 11\).*rows x tokens"):
             made(inputs["input_ids"], attention_mask=torch.ones(5, 1, 11, 11, dtype=torch.bool))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("form", ["merged", "compressed"])
-def test_generation_with_a_cache_agrees_with_one_pass(family: str, form: str) -> None:
-    made, adapter, layers = opened(family)
-    merge(made, adapter, layers)
-    if form == "compressed":
-        compress(made, adapter, layers)
-        modules.pack(made)
-    prompt = batch(rows=1, length=6)["input_ids"]
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with adapter.capture(made) as captured, torch.no_grad():
-        text = made.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-        assert captured.batches[layers[0]].valid_T.tolist() == [True]
-        step = made(text).logits
-    assert torch.equal(step[0, 5:9].argmax(dim=1), text[0, 6:10])
-
-
-# -- run-time layers ---------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_exact_decomposition_changes_no_logit_trainable_or_packed(family: str) -> None:
-    made, adapter, layers = opened(family)
-    inputs = batch()
-    before = logits(made, inputs)
-    for layer in layers:
-        weights = adapter.read_experts(made, layer)
-        experts = torch.arange(weights.num_experts)
-        adapter.write_compressed(made, layer, factors(weights, 4), biases(weights), experts)
-        back = adapter.read_experts(made, layer)
-        assert back.roles == weights.roles
-        assert all((back.tensors[n] - weights.tensors[n]).abs().max() < 1e-6 for n in back.tensors)
-    assert (logits(made, inputs) - before).abs().max() < TOLERANCE
-    assert len(modules.residuals(made)) == 3 * len(layers)
-    modules.pack(made)
-    assert (logits(made, inputs) - before).abs().max() < TOLERANCE
-    assert not modules.residuals(made)
-
-
-def _layer(family: str, form: str) -> tuple[Any, Adapter, nn.Module, str]:
-    made, adapter, layers = opened(family)
-    double(made)
-    merge(made, adapter, layers)
-    if form != "merged":
-        compress(made, adapter, layers)
-    if form == "packed":
-        modules.pack(made)
-    return made.get_submodule(f"{layers[0]}.experts"), adapter, made, layers[0]
-
-
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-@pytest.mark.parametrize("form", ["merged", "trainable", "packed"])
-def test_gradients_agree_with_finite_differences_and_with_the_dense_equivalent(family: str, form: str) -> None:
-    experts, adapter, made, layer = _layer(family, form)
-    experts.requires_grad_(True)
-    generator = torch.Generator().manual_seed(4)
-    hidden = torch.randn(5, 16, generator=generator, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    index = torch.tensor([[0, 1, 3], [0, 2, 5], [4, 1, 2], [3, 5, 0], [5, 4, 3]])  # rows 1 to 4 have doubled groups
-    names = [name for name, _ in experts.named_parameters()]
-
-    def run(hidden: Tensor, weights: Tensor, *parameters: Tensor) -> Tensor:
-        values = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(experts, values, (hidden, index, weights))
-
-    inputs = (hidden, weights, *experts.parameters())
-    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
-    # Dense equivalent: every group on every token, weighted by the sum over the token's experts.
-    dense = adapter.read_experts(made, layer)
-    table = adapter.expert_to_group(made, layer)
-    share_TG = torch.zeros(5, 3, dtype=torch.float64).index_put(
-        (torch.arange(5)[:, None].expand(5, 3), table[index]), weights, accumulate=True
-    )
-    parts = [{name: t[group] for name, t in dense.tensors.items()} for group in range(3)]
-    expected = torch.stack(
-        [sum(share_TG[t, g] * _one_token(family, parts[g], hidden[t]) for g in range(3)) for t in range(5)]
-    )
-    output = experts(hidden, index, weights)
-    assert (output - expected).abs().max() < 1e-12
-    probe = torch.randn(5, 16, generator=generator, dtype=torch.float64)
-    ours = torch.autograd.grad((output * probe).sum(), (hidden, weights))
-    theirs = torch.autograd.grad((expected * probe).sum(), (hidden, weights))
-    assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, theirs, strict=True))
-
-
-def test_a_group_chosen_twice_by_a_token_is_computed_once() -> None:
-    experts, *_ = _layer("mixtral", "merged")
-    rows: list[int] = []
-    plain = experts._expert
-    experts._expert = lambda group, inputs: rows.append(len(inputs)) or plain(group, inputs)
-    hidden = torch.randn(4, 16, dtype=torch.float64)
-    experts(hidden, torch.tensor([[0, 2], [0, 5], [1, 4], [0, 1]]), torch.ones(4, 2, dtype=torch.float64))
-    assert rows == [3, 2]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("form", ["merged", "compressed"])
-def test_training_reaches_every_parameter_and_bfloat16_runs(family: str, form: str) -> None:
-    made, adapter, layers = opened(family)
-    merge(made, adapter, layers)
-    if form == "compressed":
-        compress(made, adapter, layers)
-    inputs = batch(rows=8)
-    made.train()
-    before = made(**inputs, labels=inputs["input_ids"]).loss
-    before.backward()
-    silent = [name for name, parameter in made.named_parameters() if parameter.grad is None]
-    assert silent == []
-    assert all(made.get_submodule(f"{layer}.experts").training for layer in layers)
-    made.zero_grad()
-    low = made.to(torch.bfloat16)
-    loss = low(**inputs, labels=inputs["input_ids"]).loss
-    loss.backward()
-    assert loss.isfinite()
-    assert abs(loss.item() - before.item()) < 0.1
-    with adapter.capture(low) as captured:
-        logits(low, inputs)
-    assert captured.batches[layers[0]].logits_TE.shape[0] == 88
-
-
-def test_models_with_redirected_layers_can_be_copied_and_pickled_and_keep_no_stock_weights() -> None:
-    for family in ("mixtral", "gpt_oss"):
-        made, adapter, layers = opened(family)
-        before = sum(p.numel() for p in made.get_submodule(f"{layers[0]}.experts").parameters())
-        merge(made, adapter, layers)
-        experts = made.get_submodule(f"{layers[0]}.experts")
-        assert sum(p.numel() for p in experts.parameters()) * 2 == before
-        assert not list(experts.activation.module.parameters())
-        again = pickle.loads(pickle.dumps(copy.deepcopy(made)))
-        assert torch.equal(logits(again, batch()), logits(made, batch()))
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("form", ["stock", "merged", "compressed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_save_then_load_gives_the_same_bits(family: str, form: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    made, adapter, layers = opened(family)
-    made.to(dtype)
-    if form != "stock":
-        merge(made, adapter, layers[1:])
-    if form == "compressed":
-        compress(made, adapter, layers[1:])
-        modules.pack(made)
-    inputs = batch()
-    before = logits(made, inputs)
-    mcsmoe.save(made, tmp_path / "out")
-    back = mcsmoe.load(tmp_path / "out")
-    assert type(back) is type(made)
-    assert torch.equal(logits(back, inputs), before)
-    if form != "stock":
-        assert {n: p.dtype for n, p in back.named_parameters()} == {n: p.dtype for n, p in made.named_parameters()}
-        assert set(adapter_for(back).layers(back)) == set(layers)
-        mcsmoe.save(back, tmp_path / "again")
-        name = "model.safetensors"
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from mcsmoe.adapters.fused_layout import (
     find_router,
     is_stacked_experts,
 )
-from mcsmoe.adapters.fused_redirect import ExpertShape, RedirectingAdapter, detached, newest_positions, recording
+from mcsmoe.adapters.fused_redirect import NEVER, ExpertShape, RedirectingAdapter, detached, newest_positions, recording
 from mcsmoe.modules import Projection, RedirectedExperts
 from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, Role, RoutedBatch, RouterWeights
 
@@ -122,6 +122,22 @@ class FusedAdapter(RedirectingAdapter):
             raise ValueError(f"layer {layer!r}: the router {place.path!r} has no weight")
         return RouterWeights(linear.weight.detach().clone(), None if bias is None else bias.detach().clone())
 
+    @torch.no_grad()
+    def mask_router(self, model: nn.Module, layer: LayerId, dropped_E: Tensor) -> None:
+        """Uses what the stock router has: the bias of its logits (gpt-oss) or of its choice (DeepSeek and kin)."""
+        place, block = self._router(model, layer), model.get_submodule(layer)
+        router: Any = block.get_submodule(place.path)
+        _check_choice(layer, router, dropped_E)
+        bias_E = getattr(block.get_submodule(_dotted(place.path, place.linear)), "bias", None)
+        if bias_E is None:
+            owners = [*router.named_parameters(), *router.named_buffers()]
+            owners += [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
+            found = [tensor for name, tensor in owners if "bias" in name and tensor.numel() == dropped_E.numel()]
+            if len(found) != 1:
+                super().mask_router(model, layer, dropped_E)
+            bias_E = found[0]
+        bias_E.masked_fill_(dropped_E.to(bias_E.device).reshape(bias_E.shape), NEVER)
+
     def router_parameters(self, model: nn.Module) -> list[str]:
         """Parameters of the routers and, where the block holds it, of the correction of their choice."""
         names: list[str] = []
@@ -189,6 +205,23 @@ class _Routing:
             )
         wanted_TK = index_TK.to(torch.int64)
         return RoutedBatch(inputs_TD, self.logits_TE, wanted_TK, wanted_TK, weights_TK, valid_T)
+
+
+def _check_choice(layer: LayerId, router: Any, dropped_E: Tensor) -> None:
+    """Raise ValueError if ``router`` would have to choose a dropped expert for want of others."""
+    kept_E, choices = (~dropped_E).cpu(), int(getattr(router, "top_k", 1))
+    room = int(kept_E.sum())
+    groups, taken = getattr(router, "num_group", None), getattr(router, "topk_group", None)
+    if groups and taken:
+        # A group of experts is scored by its best two, so one with fewer kept is never taken.
+        kept_G = kept_E.reshape(groups, -1).sum(dim=1)
+        usable = kept_G[kept_G >= min(2, kept_E.numel() // groups)].sort().values
+        room = int(usable[:taken].sum()) if len(usable) >= taken else 0
+    if room < choices:
+        raise ValueError(
+            f"layer {layer!r}: with {int(dropped_E.sum())} of {len(dropped_E)} experts dropped the router can be left with "
+            f"{room} to choose {choices} from; drop fewer, or prune with a redirect (merge method 'prune')"
+        )
 
 
 def _dimensions(experts: nn.Module) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from mcsmoe.modules import (
 from mcsmoe.types import ExpertWeights, LayerId, LayerSpec, LowRankFactors, Role, RoutedBatch
 
 IGNORED_LABEL = -100
+NEVER = -1e9  # a router bias whose probability is exactly zero, and which sums and products keep finite
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from transformers.models.nllb_moe.modeling_nllb_moe import (
 from mcsmoe.adapters.base import Capture
 from mcsmoe.adapters.fused_redirect import (
     IGNORED_LABEL,
+    NEVER,
     ExpertShape,
     RedirectingAdapter,
     detached,
@@ -146,6 +147,20 @@ class NllbAdapter(RedirectingAdapter):
         classifier = self._mlp(model, layer).router.classifier
         bias = None if classifier.bias is None else classifier.bias.detach().clone()
         return RouterWeights(classifier.weight.detach().clone(), bias)
+
+    @torch.no_grad()
+    def mask_router(self, model: nn.Module, layer: LayerId, dropped_E: Tensor) -> None:
+        if int((~dropped_E).sum()) < 2:
+            raise ValueError(f"layer {layer!r}: fewer than 2 experts are kept, and every token chooses 2")
+        # The stock router's own bias, so the checkpoint needs nothing new; the configuration asks for it everywhere.
+        config: Any = model.config
+        config.router_bias = True
+        for path in self.layers(model):
+            classifier = self._mlp(model, path).router.classifier
+            if classifier.bias is None:
+                classifier.bias = nn.Parameter(classifier.weight.new_zeros(classifier.out_features))
+        bias_E = self._mlp(model, layer).router.classifier.bias
+        bias_E.masked_fill_(dropped_E.to(bias_E.device), NEVER)
 
     def router_parameters(self, model: nn.Module) -> list[str]:
         return [
