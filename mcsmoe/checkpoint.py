@@ -189,8 +189,12 @@ def _align(model: nn.Module, boundary: int = 64) -> None:
             parameter.data = parameter.data.clone()
 
 
-def skeleton(folder: str | Path) -> nn.Module:
+def skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     """The model of a compact checkpoint on the meta device: all structure, no weights.
+
+    Args:
+        folder: the checkpoint.
+        dtype: it is built for; that of the checkpoint if None. Some families keep tables in it that no file holds.
 
     Raises:
         ValueError: its base model or its layers are not what config.json says; names the file.
@@ -210,7 +214,7 @@ def skeleton(folder: str | Path) -> nn.Module:
     except KeyError as error:
         raise ValueError(f"{place / 'config.json'}: base model type {error} is not known to transformers") from error
     config.name_or_path = str(place)
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"), no_init_weights(), _built_for(dtype or _dtype(fields.get("dtype"))):
         model = cls(config)
     model.tie_weights()
     try:
@@ -220,6 +224,16 @@ def skeleton(folder: str | Path) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"{place / 'config.json'}: {error}") from error
     return model
+
+
+@contextlib.contextmanager
+def _built_for(dtype: torch.dtype | None) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -235,7 +249,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _load_compact(folder: Path, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
     section = compact.read_section(folder)
-    model: Any = skeleton(folder)
+    model: Any = skeleton(folder, dtype)
     expected = set(model.state_dict())
     for name, sha256 in section["files"].items():
         file = TensorFile(folder / name)
