@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _GROUPS = ("#88ccee", "#ddcc77", "#cc6677", "#44aa99", "#aa7fc0", "#999933", "#dd8a5b", "#8aa0d8", "#b8c48f", "#c9a0b4")
+_AXIS_POINTS = 240.0  # width of the trade-off's axes between its outermost marks, in points
 _LINES = ("-", (0, (5, 1.6)), (0, (1.4, 1.4)), (0, (6, 1.5, 1.4, 1.5)))
 
 
@@ -45,8 +46,8 @@ def tradeoff(summary: pd.DataFrame, title: str = "") -> Figure:
     """
     from matplotlib.transforms import ScaledTranslation
 
-    figure, axes = new_axes(WIDTH, 3.9)
     colour = colours(summary["variant"])
+    figure, axes = new_axes(WIDTH, 3.5 + 0.2 * math.ceil(len(colour) / 4))
     for row in rows_of(summary[summary["variant"] == FULL]):
         axes.axhspan(row["ci_low"], row["ci_high"], color=INK, alpha=0.09, linewidth=0)
         axes.axhline(row["value"], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -66,17 +67,17 @@ def tradeoff(summary: pd.DataFrame, title: str = "") -> Figure:
         if row["variant"] != FULL:
             axes.text(
                 at, row["value"], str(row["experts"]), transform=moved, ha="center", va="center_baseline", fontsize=7.5,
-                color=contrast(colour[row["variant"]]), zorder=3 + order, fontweight="bold", in_layout=False,
+                color=contrast(colour[row["variant"]]), zorder=3.5 + order, fontweight="bold", in_layout=False,
             )  # fmt: skip
-    sizes = summary["bytes_on_disk"].to_numpy() / 1e6
-    low, high = float(sizes.min()), float(sizes.max())
-    pad = max((high - low) * 0.16, high * 0.03)
-    axes.set_xlim(max(0.0, low - pad), high + pad * 0.7)
+    sizes = summary["bytes_on_disk"].to_numpy(dtype=float) / 1e6
+    extent = max(float(np.ptp(sizes)), 1e-3 * float(sizes.max()))
+    shown = sizes + shifts * extent / _AXIS_POINTS
+    axes.set_xlim(max(0.0, shown.min() - 0.09 * extent), shown.max() + 0.07 * extent)
+    metric = str(summary["metric"].iloc[0])
     # By hand: matplotlib does not scale to marks that were shifted.
     bottom, top = float(summary["ci_low"].min()), float(summary["ci_high"].max())
     room = 0.06 * max(top - bottom, 0.01)
     axes.set_ylim(max(0.0, bottom - room), min(1.0 + room / 2, top + room))
-    metric = str(summary["metric"].iloc[0])
     axes.set(xlabel="checkpoint on disk (MB)", ylabel=f"{metric} (95 % interval)", title=title)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
@@ -85,14 +86,15 @@ def tradeoff(summary: pd.DataFrame, title: str = "") -> Figure:
 
 
 def _side_by_side(sizes: np.ndarray) -> np.ndarray:
-    """Shifts in points that put marks of about one size next to each other instead of on top of each other."""
+    """Smallest shifts (points, in squares) that put marks of about one size next to each other, not over each other."""
+    from scipy.optimize import isotonic_regression
+
+    places = _AXIS_POINTS * sizes / max(float(np.ptp(sizes)), 1e-3 * float(sizes.max()))
+    order = np.argsort(places, kind="stable")
+    room = min(12.0, _AXIS_POINTS / len(sizes)) * np.arange(len(sizes))
     shifts = np.zeros(len(sizes))
-    order = np.argsort(sizes, kind="stable")
-    near = 0.03 * max(float(np.ptp(sizes)), 1.0)
-    clusters = np.split(order, np.nonzero(np.diff(sizes[order]) > near)[0] + 1)
-    for members in clusters:
-        step = min(12.0, 90.0 / len(members))
-        shifts[np.sort(members)] = (np.arange(len(members)) - (len(members) - 1) / 2) * step
+    # Places at least `room` apart: the increasing sequence nearest to what is left when the room is taken away.
+    shifts[order] = isotonic_regression(places[order] - room).x + room - places[order]
     return shifts
 
 
@@ -110,9 +112,6 @@ def _matrix_ticks(axes: Axes, names: Sequence[str], columns: int) -> None:
     axes.set_xlabel("expert")
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_xticks(np.arange(-0.5, columns), minor=True)
-    axes.set_yticks(np.arange(-0.5, len(names)), minor=True)
-    axes.tick_params(which="minor", length=0)
 
 
 def _write_cells(axes: Axes, texts: Sequence[Sequence[str]], ink: Any, bold: np.ndarray | None = None) -> None:
@@ -157,14 +156,14 @@ def grouping(groups: pd.DataFrame, title: str = "") -> Figure:
     Args:
         groups: table ``groups`` of one variant and number of experts.
     """
+    from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
     order = list(dict.fromkeys(groups["layer"]))
     number = groups.pivot(index="layer", columns="expert", values="group").reindex(order).to_numpy()
     leads = groups.pivot(index="layer", columns="expert", values="dominant").reindex(order).to_numpy().astype(bool)
     names = layer_names(order)
-    from matplotlib.colors import to_rgb
-
     palette = np.array([to_rgb(colour) for colour in _GROUPS])
     figure, axes = _heat_axes(*number.shape)
     axes.imshow(palette[number % len(palette)], aspect="auto", interpolation="nearest")
@@ -177,9 +176,8 @@ def grouping(groups: pd.DataFrame, title: str = "") -> Figure:
     right.set_ylabel("experts kept", color=INK, fontsize=9.5)
     if number.shape[1] <= 16:
         _write_cells(axes, number.astype(str).tolist(), lambda i, j: "#000000", leads)
-    for i, j in zip(*np.nonzero(leads), strict=True):
-        frame = Rectangle((j - 0.45, i - 0.42), 0.9, 0.84, fill=False, edgecolor="#000000", linewidth=1.3)
-        axes.add_patch(frame)
+    frames = [Rectangle((j - 0.45, i - 0.42), 0.9, 0.84) for i, j in zip(*np.nonzero(leads), strict=True)]
+    axes.add_collection(PatchCollection(frames, facecolor="none", edgecolor="#000000", linewidth=1.3))
     axes.set_title(title)
     return figure
 
@@ -234,7 +232,9 @@ def training(curves: Sequence[tuple[Mapping[str, Any], pd.DataFrame]], title: st
     options: dict[str, Any] = {"sharex": True, "squeeze": False}
     if pruned:
         options["gridspec_kw"] = {"height_ratios": [3, 1]}
-    figure, grid = new_axes(WIDTH, 4.3 if pruned else 3.4, 2 if pruned else 1, 1, **options)
+    named = {(labels.get("variant"), labels.get("experts")) for labels, _ in curves}
+    height = (4.0 if pruned else 3.1) + 0.2 * math.ceil(len(named) / 3)
+    figure, grid = new_axes(WIDTH, height, 2 if pruned else 1, 1, **options)
     axes = grid[0, 0]
     colour = colours(str(labels.get("variant") or FULL) for labels, _ in curves)
     ratios = sorted({int(labels.get("experts") or 0) for labels, _ in curves}, reverse=True)
@@ -302,7 +302,7 @@ def costs(cost: pd.DataFrame, title: str = "") -> Figure:
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
         axes.set_axisbelow(True)
-    grid[0, 0].invert_yaxis()
+    grid[0, 0].set_ylim(len(mean) - 0.4, -0.6)  # the first on top
     figure.suptitle(title, fontsize=10.5, fontweight="bold", x=0.01, ha="left", color=INK)
     return figure
 

@@ -74,6 +74,11 @@ def scaled(value: float, unit: float) -> str:
     return f"{shown:,.{decimals}f}"
 
 
+def signed(value: float) -> str:
+    """A difference of two scores with its sign, or a dash where there is none."""
+    return "–" if value is None or math.isnan(value) else f"{value:+.3f}".replace("-", "−")
+
+
 def p_text(value: float) -> str:
     """A p value as text."""
     if value is None or math.isnan(value):
@@ -81,56 +86,71 @@ def p_text(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
-def _name(variant: str, experts: int) -> str:
-    return variant if variant == FULL else f"{variant} with {experts} experts"
-
-
 def _join(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def words_for_task(rows: pd.DataFrame) -> list[str]:
-    """What one task's rows of table ``summary`` say, as sentences; several seeds are spoken of as runs."""
-    reference = rows[rows["variant"] == FULL]
-    others = rows[rows["variant"] != FULL]
-    several = rows["seed"].nunique() > 1
-
-    def seed_of(row: Mapping[str, Any]) -> str:
-        return f" (seed {row['seed']})" if several else ""
-
-    def run(row: Mapping[str, Any]) -> str:
-        return _name(row["variant"], row["experts"]) + (f" (seed {row['seed']})" if several else "")
-
-    said = []
-    for row in rows_of(reference):
+    """What one task's rows of table ``summary`` say, as sentences; a method with several seeds is judged over all."""
+    reference, others = rows[rows["variant"] == FULL], rows[rows["variant"] != FULL]
+    if reference.empty:
+        return ["There is no full model to compare with: the scores stand alone."]
+    first, seeds = rows_of(reference)[0], len(reference)
+    size, n = float(reference["bytes_on_disk"].mean()), f"{first['n']:,}"
+    low, high = number(reference["value"].min()), number(reference["value"].max())
+    spread = f"[{number(first['ci_low'])}, {number(first['ci_high'])}]"
+    if seeds > 1:
+        spread = f"({low} to {high} over {seeds} seeds)"
+    said = [
+        f"The full model scores {number(reference['value'].mean())} {first['metric']} {spread} on {n} examples "
+        f"and takes {scaled(size, 1e6)} MB on disk."
+    ]
+    methods = [_judged(part) for _, part in others.groupby(["variant", "experts"], sort=False)]
+    if not methods:
+        return said
+    kept = sorted(
+        (each for each in methods if each["verdict"] in ("Better", "Within noise")),
+        key=lambda each: float(each["bytes"]),
+    )
+    if kept:
+        small = kept[0]
         said.append(
-            f"The full model{seed_of(row)} scores {number(row['value'])} "
-            f"[{number(row['ci_low'])}, {number(row['ci_high'])}] {row['metric']} on {row['n']:,} examples and takes "
-            f"{scaled(row['bytes_on_disk'], 1e6)} MB on disk."
+            f"The smallest checkpoint that is not measurably worse is {small['name']}: {number(small['value'])} "
+            f"({signed(small['difference'])}) at {scaled(small['bytes'], 1e6)} MB, {100 * small['bytes'] / size:.0f} % "
+            "of the full size."
         )
-    if reference.empty or others.empty:
-        return said or ["There is no full model to compare with."]
-    size = float(reference["bytes_on_disk"].mean())
-    kept = others[others["verdict"].isin(["within noise", "better"])]
-    if kept.empty:
-        said.append("No variant is within noise of it: every one of them scores measurably worse.")
     else:
-        small = rows_of(kept.sort_values("bytes_on_disk"))[0]
-        said.append(
-            f"The smallest checkpoint that is not measurably worse is {run(small)}: {number(small['value'])} "
-            f"({small['difference']:+.3f}) at {scaled(small['bytes_on_disk'], 1e6)} MB, "
-            f"{100 * small['bytes_on_disk'] / size:.0f} % of the full size."
-        )
-    for verdict, phrase in (("better", "Better"), ("within noise", "Within noise"), ("worse", "Worse")):
-        found = [f"{run(row)} ({row['difference']:+.3f})" for row in rows_of(others[others["verdict"] == verdict])]
+        said.append("No variant was found to be as good as the full model.")
+    for phrase in ("Better", "Within noise", "Worse", "Worse with some seeds", "Not compared"):
+        found = [f"{each['name']} ({signed(each['difference'])})" for each in methods if each["verdict"] == phrase]
         if found:
             said.append(f"{phrase}: {_join(found)}.")
     half = float(((reference["ci_high"] - reference["ci_low"]) / 2).mean())
     said.append(
-        f"With {int(reference['n'].iloc[0]):,} examples the full model's own score is only known to ± {number(half)}, "
+        f"With {n} examples the full model's own score is only known to ±\u00a0{number(half)}, "
         "so “within noise” means that no difference was shown, not that there is none."
     )
     return said
+
+
+def _judged(part: pd.DataFrame) -> dict[str, Any]:
+    """One method at one number of experts: means over its seeds, and a verdict that holds for all of them."""
+    row, verdicts = rows_of(part)[0], list(part["verdict"])
+    worse = verdicts.count("worse")
+    verdict = "Within noise"
+    if worse:
+        verdict = "Worse" if worse == len(verdicts) else "Worse with some seeds"
+    elif any(each not in ("better", "within noise") for each in verdicts):
+        verdict = "Not compared"
+    elif verdicts.count("better") == len(verdicts):
+        verdict = "Better"
+    return {
+        "name": f"{row['variant']} with {row['experts']} expert{'' if row['experts'] == 1 else 's'}",
+        "verdict": verdict,
+        "value": float(part["value"].mean()),
+        "difference": float(part["difference"].mean()),
+        "bytes": float(part["bytes_on_disk"].mean()),
+    }
 
 
 # -- tables ------------------------------------------------------------------------------------------------------
@@ -155,7 +175,7 @@ def _task_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:
                 "value": number(row["value"]),
                 "interval": f"{number(row['ci_low'])} to {number(row['ci_high'])}",
                 "n": f"{row['n']:,}",
-                "difference": "–" if row["variant"] == FULL else f"{row['difference']:+.3f}",
+                "difference": "–" if row["variant"] == FULL else signed(row["difference"]),
                 "p": p_text(row["p_value"]),
                 "costs": [scaled(float(row[name]), unit) for name, _, unit in _UNITS],
             }
@@ -171,7 +191,7 @@ def _means(rows: pd.DataFrame) -> list[dict[str, Any]]:
     for (variant, experts), part in rows.groupby(["variant", "experts"], sort=False):
         spread = f"{number(part['value'].min())} to {number(part['value'].max())}"
         mean, lost = float(part["value"].mean()), float(part["difference"].mean())
-        difference = "–" if variant == FULL else f"{lost:+.3f}"
+        difference = "–" if variant == FULL else signed(lost)
         made.append(
             {
                 "variant": variant,
@@ -201,7 +221,7 @@ def _settings(cost: pd.DataFrame) -> str:
         threads = f"{row['threads']} thread" + ("" if row["threads"] == 1 else "s")
         found.append(
             f"{row['batch_size']} examples of {row['input_tokens']} input and {row['label_tokens']} label tokens, "
-            f"{row['dtype']} on {row['device']} with {threads}"
+            f"{row['dtype']} on {str(row['device']).replace('cpu', 'the CPU')} with {threads}"
         )
     return "; ".join(found)
 
@@ -315,7 +335,8 @@ def _task(inputs: ReportInputs, task: str, curves: Sequence[Labelled]) -> dict[s
             Picture(svg(plots.tradeoff(rows, f"{task}: score and size"), f"tradeoff-{task}"), trade_caption),
             Picture(svg(plots.costs(cost, f"{task}: sizes and times"), f"costs-{task}"), size_caption),
         ],
-        "experts": [*_usage_pictures(inputs, task, several), *_grouping_pictures(inputs, task, several)],
+        "usage": _usage_pictures(inputs, task, several),
+        "groups": _grouping_pictures(inputs, task, several),
         "similarity": [
             Picture(
                 svg(plots.similarity(frame, f"Similarity by {frame['base'].iloc[0]}"), f"similarity-{task}-{place}"),
