@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mcsmoe.gram import column_gram
 from mcsmoe.layer_statistics import LayerStatistics
 from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, RouterWeights
 
@@ -132,8 +133,8 @@ def gram(blocks: Iterable[Tensor]) -> Tensor:
     """[E, E] float64 Gram matrix of vectors that come as blocks [E, P] of their elements."""
     total: Tensor | None = None
     for block_EP in blocks:
-        wide_EP = block_EP.double()
-        total = wide_EP @ wide_EP.T if total is None else total.addmm_(wide_EP, wide_EP.T)
+        part_EE = column_gram(block_EP.T)
+        total = part_EE if total is None else total.add_(part_EE)
     assert total is not None
     return total
 
