@@ -44,6 +44,10 @@ class Reservoir:
         """int64 [E]: tokens kept."""
         return (self.key_ES != EMPTY).sum(dim=1)
 
+    def to(self, device: torch.device) -> Reservoir:
+        """The same tokens on ``device``."""
+        return Reservoir(self.key_ES.to(device), self.input_ESD.to(device), self.gate_ES.to(device))
+
     def offer(self, inputs_TD: Tensor, token_N: Tensor, expert_N: Tensor, gate_N: Tensor, key_N: Tensor) -> Reservoir:
         """Self with N (token, expert) pairs, named by rows of ``inputs_TD``, drawn into it."""
         experts, size = self.key_ES.shape

@@ -95,10 +95,13 @@ class RoutingStatistics:
         token_N, expert_N, gate_N = _pairs(batch)
         if kept.reservoir is not None:
             key_N = keys(token_N + first, expert_N, self.seed)
-            kept.reservoir = kept.reservoir.offer(batch.inputs_TD, token_N, expert_N, gate_N, key_N)
+            # What was read from a file may be elsewhere than the model is now.
+            held = kept.reservoir.to(batch.inputs_TD.device)
+            kept.reservoir = held.offer(batch.inputs_TD, token_N, expert_N, gate_N, key_N)
         if kept.input_gram_EDD is not None:
             for expert, rows_N in _by_expert(token_N, expert_N, kept.num_experts):
-                kept.input_gram_EDD[expert] += column_gram(batch.inputs_TD[rows_N])
+                gram_DD = column_gram(batch.inputs_TD[rows_N])
+                kept.input_gram_EDD[expert] += gram_DD.to(kept.input_gram_EDD.device)
 
     def merge(self, other: RoutingStatistics) -> RoutingStatistics:
         """Statistics of the tokens of both; neither is changed.
