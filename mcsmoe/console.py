@@ -24,7 +24,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 def parser(purpose: str, example: str) -> argparse.ArgumentParser:
     """An argument parser for one stage, with an example, and the options every stage has."""
-    made = argparse.ArgumentParser(description=purpose, epilog=f"example:\n  {example}", formatter_class=_Formatter)
+    made = argparse.ArgumentParser(
+        description=purpose.replace("%", "%%"), epilog=f"example:\n  {example}", formatter_class=_Formatter
+    )
     made.add_argument("--log", type=Path, help="also write what is shown to this file")
     made.add_argument("--threads", type=int, default=1, help="CPU threads; another number gives other last bits")
     return made

@@ -169,7 +169,9 @@ class Grouping:
         groups = self.num_groups
         for expert, group in enumerate(self.expert_to_group.tolist()):
             if not 0 <= group < groups:
-                raise ValueError(f"layer {layer!r}: expert {expert} is in group {group}, but groups are 0..{groups - 1}")
+                raise ValueError(
+                    f"layer {layer!r}: expert {expert} is in group {group}, but groups are 0..{groups - 1}"
+                )
         for group, leader in enumerate(self.dominant.tolist()):
             if not 0 <= leader < self.num_experts or int(self.expert_to_group[leader]) != group:
                 raise ValueError(f"layer {layer!r}: group {group} is led by expert {leader}, which is not its member")

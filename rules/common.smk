@@ -287,7 +287,9 @@ def whitening_input(wildcards):
 
 # -- measuring -----------------------------------------------------------------------------------------------------
 # Whether any method weighs inputs by how often they occur; what that needs is collected only then.
-WHITEN = any(METHODS[variant].decomposition == "whitened" for variant in CONFIG["variants"])
+WHITEN = any(
+    METHODS[variant].decomposition == "whitened" for variant in CONFIG["variants"]
+)
 LABELS = {made: (variant, experts) for variant, experts, made in evaluated()}
 RUN_LIST = json.dumps(
     [

@@ -65,7 +65,7 @@ BAD = [
     ("compress/keep", 0, ["compress.keep", "0", "above 0"]),
     ("compress/keep", 1.5, ["compress.keep", "1.5", "at most 1"]),
     ("compress/initial_fraction", 0.9, ["compress.initial_fraction", "0.9", "steps"]),
-    ("data/selection_rows", 6000, ["data.selection_rows", "6000", "fewer"]),
+    ("data/selection_rows", 10**6, ["data.selection_rows", "1000000", "fewer"]),
     ("model/checkpoint", "/nowhere/at/all", ["model.checkpoint", "/nowhere/at/all"]),
     ("per_task", {"COPA": {"finetune": {"epoch": 1}}}, ["per_task.COPA.finetune", "epoch"]),
     ("per_task", {"MRPC": {}}, ["per_task.MRPC", "tasks"]),
