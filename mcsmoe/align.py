@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, Role
 
-_BLOCK_BYTES = 64 * 2**20
+_BLOCK_BYTES = 16 * 2**20  # of matrices that are made at once
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,8 @@ def _assign(blocks: Iterator[Block], references: list[int], width: int, scale_E:
         for experts, matrix_CFF in blocks:
             for expert, matrix in zip(experts, matrix_CFF.cpu().numpy(), strict=True):
                 waiting.append((expert, pool.submit(_solve, matrix)))
-            collect(2 * len(experts))
+            # Enough is left to solve while the next block is made; more would only fill memory.
+            collect(max(workers, len(experts)))
         collect(0)
     return Alignment(permutation_EF, torch.tensor(references), gain_E)
 

@@ -250,7 +250,7 @@ def test_repair_of_each_neuron_by_hand() -> None:
     weights, routed = experts("biased"), tokens([9, 8, 7, 6, 5, 4])
     share_E = shares(GROUPING, FREQUENCY)
     merged = METHODS["frequency"](inputs(weights)).weights
-    found = rescaled(merged, weights, GROUPING, share_E, routed)
+    found = rescaled(merged, weights, torch.arange(12).repeat(6, 1), GROUPING, share_E, routed)
     inputs_TD = torch.cat([routed[1], routed[4]])
     first, second = (preactivations(weights, expert, inputs_TD)["wi"] for expert in (1, 4))
     after = preactivations(found, 1, inputs_TD)["wi"]

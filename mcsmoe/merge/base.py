@@ -117,11 +117,18 @@ def grouping_members(grouping: Grouping) -> list[Tensor]:
 
 
 @torch.no_grad()
-def weighted_average(weights: ExpertWeights, grouping: Grouping, share_E: Tensor, layer: LayerId) -> ExpertWeights:
+def weighted_average(
+    weights: ExpertWeights,
+    grouping: Grouping,
+    share_E: Tensor,
+    layer: LayerId,
+    permutation_EF: Tensor | None = None,
+) -> ExpertWeights:
     """W_g = sum over the group of share_e W_e, for G stacked groups (equation 2).
 
-    Reads every weight once and writes every merged weight; nothing else of the size of an expert is made, except one
-    accumulator per tensor where weights are stored in half precision. A group of one expert is copied bit by bit.
+    Reads every weight once and writes every merged weight; nothing else is made but, of one expert at a time, an
+    accumulator where weights are stored in half precision and a permuted copy where ``permutation_EF`` [E, F] aligns
+    the experts. A group of one expert that is not permuted is copied bit by bit.
 
     Raises:
         ValueError: non-finite weights, naming layer, tensor and expert.
@@ -130,13 +137,15 @@ def weighted_average(weights: ExpertWeights, grouping: Grouping, share_E: Tensor
     members_G = [members.tolist() for members in grouping_members(grouping)]
 
     def average(name: str, tensor: Tensor) -> Tensor:
-        made = tensor.new_empty(grouping.num_groups, *tensor.shape[1:])
+        made, axis = tensor.new_empty(grouping.num_groups, *tensor.shape[1:]), weights.neuron_axis(name)
         narrow = tensor.dtype in (torch.float16, torch.bfloat16)
         scratch = torch.empty_like(made[0], dtype=torch.float32) if narrow else None
         for group, members in enumerate(members_G):
             target = made[group] if scratch is None or len(members) == 1 else scratch
             for place, expert in enumerate(members):
                 source = tensor[expert]
+                if axis is not None and permutation_EF is not None:
+                    source = source.index_select(axis - 1, permutation_EF[expert].to(source.device))
                 # While the expert is in cache for the sum: another pass for this would double the traffic.
                 if not all(torch.isfinite(limit) for limit in torch.aminmax(source)):
                     weights.require_finite(layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mcsmoe.align import align_by_weight, apply_permutation
+from mcsmoe.align import align_by_weight
 from mcsmoe.merge.base import Merged, MergeInputs, shares, weighted_average
 from mcsmoe.types import Grouping
 
@@ -19,7 +19,6 @@ def git_rebasin(inputs: MergeInputs) -> Merged:
     """Align each expert to the dominant expert of its group by its weights, then take the mean of the group."""
     grouping, layer = inputs.grouping, inputs.layer
     found = align_by_weight(inputs.weights, group_reference(grouping), workers=inputs.workers, layer=layer)
-    aligned = apply_permutation(inputs.weights, found.permutation_EF, layer)
     share_E = shares(grouping, torch.ones(grouping.num_experts))
-    merged = weighted_average(aligned, grouping, share_E, layer)
+    merged = weighted_average(inputs.weights, grouping, share_E, layer, found.permutation_EF)
     return Merged(merged, grouping.expert_to_group.clone(), share_E, grouping.dominant.clone())

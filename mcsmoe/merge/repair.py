@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mcsmoe.align import Alignment, align_by_tokens, align_by_weight, apply_permutation, preactivations
+from mcsmoe.align import Alignment, align_by_tokens, align_by_weight, preactivations
 from mcsmoe.merge.base import Merged, MergeInputs, grouping_members, shares, weighted_average
 from mcsmoe.merge.git_rebasin import group_reference
 from mcsmoe.types import ExpertWeights, Grouping
@@ -28,12 +28,10 @@ def repair(inputs: MergeInputs) -> Merged:
     reference_E = group_reference(grouping)
     found = align_by_tokens(inputs.weights, tokens, activation, reference_E, table, inputs.workers, layer)
     found = _by_weight_where_silent(inputs, tokens, reference_E, found)
-    aligned = apply_permutation(inputs.weights, found.permutation_EF, layer)
     share_E = shares(grouping, torch.ones(grouping.num_experts))
-    merged = weighted_average(aligned, grouping, share_E, layer)
-    return Merged(
-        rescaled(merged, aligned, grouping, share_E, tokens), table.clone(), share_E, grouping.dominant.clone()
-    )
+    merged = weighted_average(inputs.weights, grouping, share_E, layer, found.permutation_EF)
+    merged = rescaled(merged, inputs.weights, found.permutation_EF, grouping, share_E, tokens)
+    return Merged(merged, table.clone(), share_E, grouping.dominant.clone())
 
 
 def _by_weight_where_silent(
@@ -54,7 +52,12 @@ def _by_weight_where_silent(
 
 @torch.no_grad()
 def rescaled(
-    merged: ExpertWeights, members: ExpertWeights, grouping: Grouping, share_E: Tensor, tokens: Sequence[Tensor]
+    merged: ExpertWeights,
+    members: ExpertWeights,
+    permutation_EF: Tensor,
+    grouping: Grouping,
+    share_E: Tensor,
+    tokens: Sequence[Tensor],
 ) -> ExpertWeights:
     """The merged experts with the pre-activation statistics of their members, on the tokens of the group.
 
@@ -65,7 +68,8 @@ def rescaled(
 
     Args:
         merged: G stacked experts.
-        members: the E aligned experts they are made of.
+        members: the E experts they are made of.
+        permutation_EF: order of the members' neurons in which they were merged.
         grouping: which expert is in which group.
         share_E: each expert's part in its group.
         tokens: for each expert the inputs [T_e, D] routed to it.
@@ -80,7 +84,8 @@ def rescaled(
             part = float(share_E[expert])
             for name, (mean_F, std_F) in _moments(members, expert, inputs_TD).items():
                 before = target.get(name, (torch.zeros_like(mean_F), torch.zeros_like(std_F)))
-                target[name] = (before[0] + part * mean_F, before[1] + part * std_F)
+                order_F = permutation_EF[expert]
+                target[name] = (before[0] + part * mean_F[order_F], before[1] + part * std_F[order_F])
         for name, (mean_F, std_F) in _moments(merged, group, inputs_TD).items():
             wanted_mean_F, wanted_std_F = target[name]
             # Rounding leaves a constant neuron some spread; dividing by that would blow it up.
