@@ -31,7 +31,11 @@ def add_section(parser: argparse.ArgumentParser, name: str, only: Iterable[str] 
     for key, part in section(name).items():
         if _flag(key) in taken or (wanted is not None and key not in wanted):
             continue
-        options: dict[str, Any] = {"dest": key, "default": part.get("default"), "help": part.get("description", "")}
+        options: dict[str, Any] = {
+            "dest": key,
+            "default": part.get("default"),
+            "help": part.get("description", "").replace("%", "%%"),
+        }
         if "enum" in part:
             group.add_argument(_flag(key), choices=part["enum"], **options)
         elif _kind(part) == "boolean":
