@@ -356,13 +356,13 @@ def render(inputs: ReportInputs) -> str:
         ValueError: a summary without rows.
     """
     import yaml
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     if inputs.summary.empty:
         raise ValueError("summary has no rows; evaluate at least one checkpoint before the report is made")
     environment = Environment(
-        loader=PackageLoader("mcsmoe", "templates"),
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -26,7 +26,16 @@ from urllib.parse import quote, unquote, urlparse
 from mcsmoe.console import progress
 from mcsmoe.run_record import RunRecord, content_digest, final_metrics, flatten, points, write_artefacts
 
-__all__ = ["Publication", "RunRecord", "embedded_uri", "final_metrics", "publish", "store_of", "ui_command"]
+__all__ = [
+    "Publication",
+    "RunRecord",
+    "embedded_uri",
+    "final_metrics",
+    "publish",
+    "store_of",
+    "ui_address",
+    "ui_command",
+]
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +85,13 @@ def ui_command(results: str | Path, store_uri: str | None = None, port: int = 50
     settings = ["MLFLOW_DISABLE_TELEMETRY=true", "DO_NOT_TRACK=true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"]
     root = (Path(results).resolve() / ARTIFACTS).as_uri()
     words = [program, "ui", "--backend-store-uri", uri, "--default-artifact-root", root]
-    words += ["--host", "127.0.0.1", "--port", str(port)]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     return shlex.join(["env", *settings, *words])
+
+
+def ui_address(port: int = 5000) -> str:
+    """Where the UI that ``ui_command`` starts shows the experiments, as model training and not as chat traces."""
+    return f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"
 
 
 def _mlflow() -> Any:
@@ -244,6 +258,7 @@ def _log_run(store: _Store, experiment: str, record: RunRecord, digest: str) -> 
     tags = flatten(record.tags) | {"task": record.task, "variant": record.variant}
     tags |= {"experts": str(record.experts), "seed": str(record.seed)}
     tags |= {_KEY: record.key, _ORIGIN: store.origin, "workflow.results": str(store.results)}
+    tags |= {"mlflow.source.name": "mcsmoe", "mlflow.source.type": "PROJECT"}
     run_id = str(client.create_run(experiment, start_time=start, tags=tags, run_name=record.name).info.run_id)
 
     names = {"task": record.task, "variant": record.variant, "experts": record.experts, "seed": record.seed}

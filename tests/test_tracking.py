@@ -209,6 +209,8 @@ def test_ui_command_is_local_and_survives_the_shell(results: Path, monkeypatch: 
     assert words[words.index("--host") + 1] == "127.0.0.1"
     assert words[words.index("--backend-store-uri") + 1] == f"sqlite:///{results}/mlflow.db"
     assert {"MLFLOW_DISABLE_TELEMETRY=true", "DO_NOT_TRACK=true"} <= set(words)
+    assert Path(words[words.index("ui") - 1]).name == "mlflow"
+    assert words[words.index("--port") + 1] in tracking.ui_address()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://example.org/mlflow")
     assert "https://example.org/mlflow" in tracking.ui_command(results)
 
