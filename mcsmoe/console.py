@@ -19,7 +19,10 @@ _LINE_SECONDS = 20.0  # between two lines where the output is a file
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and examples as they were typed."""
+    """Shows defaults where there are any, and examples as they were typed."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def parser(purpose: str, example: str) -> argparse.ArgumentParser:
