@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,15 +55,16 @@ def load(task: Task, split: str, mirror: str | Path | None = None, offline: bool
 
     wanted = {"train": hub.train, "validation": hub.validation}[split]
     where = f"data set {name}" + (f", configuration {hub.config}" if hub.config else "") + f", split {wanted}"
-    try:
-        rows = datasets.load_dataset(name, hub.config, split=wanted, revision=revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        remedy = (
-            "fetch it once online, or give local files (data.source: files)" if offline else "check name and network"
-        )
-        raise ValueError(f"{where}: cannot be read ({error}); {remedy}") from error
-    check_schema(rows.features.arrow_schema, task.columns, where, str(task.file))
-    frame: pd.DataFrame = rows.select_columns(list(task.columns)).with_format("arrow")[:].to_pandas()
+    with ExitStack() as stack:
+        # The library's cache tells local folders apart by name alone, so another folder's rows could come back.
+        cache = None if mirror is None else stack.enter_context(tempfile.TemporaryDirectory())
+        try:
+            rows = datasets.load_dataset(name, hub.config, split=wanted, revision=revision, cache_dir=cache)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            remedy = "fetch it once online, or use data.source: files" if offline else "check the name and the network"
+            raise ValueError(f"{where}: cannot be read ({error}); {remedy}") from error
+        check_schema(rows.features.arrow_schema, task.columns, where, str(task.file))
+        frame: pd.DataFrame = rows.select_columns(list(task.columns)).with_format("arrow")[:].to_pandas()
     if not len(frame):
         raise ValueError(f"{where}: has no rows; choose another split in {task.file}")
     return frame

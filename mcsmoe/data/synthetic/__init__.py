@@ -35,13 +35,13 @@ class Generator:
     """How a task is drawn.
 
     Attributes:
-        draw: (dice, label) -> (key, rows): rows that belong together, and the text that decides their split. ``label``
-            alternates between 0 and 1 in random order; tasks that balance themselves ignore it.
+        draw: (dice, label) -> (keys, rows): rows that belong together, and the texts that must be new and that decide
+            the split. ``label`` is 0 and 1 equally often, in random order; tasks that balance themselves ignore it.
         texts: running text of a row, for pre-training.
         identify: (first row number of the block, number of the block, rows) -> rows with the hub's identifiers.
     """
 
-    draw: Callable[[Dice, int], tuple[str, list[Row]]]
+    draw: Callable[[Dice, int], tuple[list[str], list[Row]]]
     texts: Callable[[Row], list[str]]
     identify: Callable[[int, int, list[Row]], list[Row]]
 
@@ -97,10 +97,10 @@ def _blocks(name: str, split: str, rows: int, seed: int) -> Iterator[tuple[Gener
     while made < rows:
         if not labels:
             labels = dice.shuffled([0, 1] * 50)
-        key, found = generator.draw(dice, labels[-1])
-        if split_of(key) != split:
+        keys, found = generator.draw(dice, labels[-1])
+        if any(split_of(key) != split for key in keys):
             continue
-        if key in seen:
+        if not seen.isdisjoint(keys):
             failures += 1
             if failures > _PATIENCE:
                 raise ValueError(
@@ -110,7 +110,7 @@ def _blocks(name: str, split: str, rows: int, seed: int) -> Iterator[tuple[Gener
             continue
         labels.pop()
         failures = 0
-        seen.add(key)
+        seen.update(keys)
         yield generator, generator.identify(made, blocks, found)
         made += len(found)
         blocks += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mcsmoe.data.synthetic.words import PEOPLE, Dice
+from mcsmoe.data.synthetic.words import NAMES, Dice
 
 CHAINS: tuple[tuple[str, ...], ...] = (
     ("forgot the umbrella", "got wet in the rain", "caught a cold", "stayed in bed"),
@@ -44,8 +44,8 @@ CHAINS: tuple[tuple[str, ...], ...] = (
 JOINS = {"cause": "because", "effect": "so"}
 
 
-def draw(dice: Dice, label: int) -> tuple[str, list[dict[str, Any]]]:
-    """(key, rows) of one item; ``label`` is the index of the right choice."""
+def draw(dice: Dice, label: int) -> tuple[list[str], list[dict[str, Any]]]:
+    """(keys, rows) of one item; ``label`` is the index of the right choice."""
     chain = dice.pick(CHAINS)
     question = dice.pick(("cause", "effect"))
     step = -1 if question == "cause" else 1
@@ -58,20 +58,20 @@ def draw(dice: Dice, label: int) -> tuple[str, list[dict[str, Any]]]:
         while other is chain:
             other = dice.pick(CHAINS)
         wrong = dice.pick(other)
-    who = dice.pick(PEOPLE)
-    events = [f"the {who} {event} ." for event in (right, wrong)]
+    who = dice.pick(NAMES)
+    events = [f"{who} {event}" for event in (right, wrong)]
     choices = events if label == 0 else events[::-1]
     row = {
-        "premise": f"the {who} {chain[place]} .",
+        "premise": f"{who} {chain[place]}",
         "choice1": choices[0],
         "choice2": choices[1],
         "question": question,
         "label": label,
     }
-    return " ".join([who, question, chain[place], *sorted((right, wrong))]), [row]
+    return [" ".join([who, question, chain[place], *sorted((right, wrong))])], [row]
 
 
 def texts(row: dict[str, Any]) -> list[str]:
     """Running text of a row: the premise with what caused it or followed."""
     right = row["choice2" if row["label"] else "choice1"]
-    return [f"{row['premise'].rstrip(' .')} {JOINS[row['question']]} {right}"]
+    return [f"{row['premise']} {JOINS[row['question']]} {right} ."]

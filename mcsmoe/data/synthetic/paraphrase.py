@@ -70,14 +70,14 @@ def _wording(dice: Dice, fact: Fact) -> str:
     return f"on {fact['day']} {core} ." if dice.chance(0.5) else f"{core} on {fact['day']} ."
 
 
-def draw(dice: Dice, label: int) -> tuple[str, list[dict[str, Any]]]:
-    """(key, rows) of one pair; ``label`` 1 says the sentences mean the same."""
+def draw(dice: Dice, label: int) -> tuple[list[str], list[dict[str, Any]]]:
+    """(keys, rows) of one pair; ``label`` 1 says the sentences mean the same."""
     fact = _fact(dice)
     other = fact if label else _changed(dice, fact)
     pair = _wording(dice, fact), _wording(dice, other)
     while pair[0] == pair[1]:
         pair = _wording(dice, fact), _wording(dice, other)
-    return " ".join(sorted(pair)), [{"sentence1": pair[0], "sentence2": pair[1], "label": label}]
+    return [" ".join(sorted(pair))], [{"sentence1": pair[0], "sentence2": pair[1], "label": label}]
 
 
 def texts(row: dict[str, Any]) -> list[str]:

@@ -54,8 +54,8 @@ def _identifier(text: str) -> str:
 
 
 # -- SQuAD -------------------------------------------------------------------------------------------------------
-def draw_squad(dice: Dice, _label: int) -> tuple[str, list[Row]]:
-    """(key, rows) of one paragraph with one question."""
+def draw_squad(dice: Dice, _label: int) -> tuple[list[str], list[Row]]:
+    """(keys, rows) of one paragraph with one question."""
     people, kinds = dice.sample(NAMES, 2), dice.sample(KINDS, 2)
     facts = [
         (person, kind, value)
@@ -73,9 +73,8 @@ def draw_squad(dice: Dice, _label: int) -> tuple[str, list[Row]]:
         sentences.append(told)
     context = " ".join(sentences)
     answers = {"text": [answer], "answer_start": [start]}
-    return context, [
-        {"title": "people", "context": context, "question": kind.asked.format(n=person), "answers": answers}
-    ]
+    row = {"title": "people", "context": context, "question": kind.asked.format(n=person), "answers": answers}
+    return [context], [row]
 
 
 def identify_squad(_first: int, _block: int, rows: list[Row]) -> list[Row]:
@@ -89,8 +88,8 @@ def squad_texts(row: Row) -> list[str]:
 
 
 # -- MultiRC -----------------------------------------------------------------------------------------------------
-def draw_multirc(dice: Dice, _label: int) -> tuple[str, list[Row]]:
-    """(key, rows) of one paragraph: two questions of four answers, two of them right."""
+def draw_multirc(dice: Dice, _label: int) -> tuple[list[str], list[Row]]:
+    """(keys, rows) of one paragraph: two questions of four answers, two of them right."""
     people, kinds = dice.sample(NAMES, 2), dice.sample(LISTS, 2)
     sentences: list[str] = []
     questions = []
@@ -110,7 +109,7 @@ def draw_multirc(dice: Dice, _label: int) -> tuple[str, list[Row]]:
         for place, (question, answers) in enumerate(questions)
         for answer, label in answers
     ]
-    return paragraph, rows
+    return [paragraph], rows
 
 
 def identify_multirc(first: int, block: int, rows: list[Row]) -> list[Row]:
@@ -127,18 +126,25 @@ def multirc_texts(row: Row) -> list[str]:
 
 
 # -- WikiQA ------------------------------------------------------------------------------------------------------
-def draw_wikiqa(dice: Dice, _label: int) -> tuple[str, list[Row]]:
-    """(key, rows) of one question with a sentence that answers it and one that does not, in random order."""
-    (person, other), (kind, unasked) = dice.sample(NAMES, 2), dice.sample(KINDS, 2)
-    right = kind.told.format(n=person, v=dice.pick(kind.values))
-    who, what = (other, kind) if dice.chance(0.5) else (person, unasked)
-    wrong = what.told.format(n=who, v=dice.pick(what.values))
+def _both(dice: Dice, person: str, kinds: list[Kind]) -> str:
+    first, second = (kind.told.format(n=person, v=dice.pick(kind.values)) for kind in dice.shuffled(kinds))
+    return f"{first.removesuffix(' .')} and{second.removeprefix(person)}"
+
+
+def draw_wikiqa(dice: Dice, _label: int) -> tuple[list[str], list[Row]]:
+    """(keys, rows) of one question with a sentence that answers it and one that does not, in random order.
+
+    The wrong sentence tells the same of another person, or other things of the same person.
+    """
+    (person, other), (kind, *unasked) = dice.sample(NAMES, 2), dice.sample(KINDS, 4)
+    right = _both(dice, person, [kind, unasked[0]])
+    wrong = _both(dice, other, [kind, unasked[0]]) if dice.chance(0.5) else _both(dice, person, unasked[1:])
     question = kind.asked.format(n=person)
     rows = [
         {"question": question, "document_title": person, "answer": answer, "label": label}
         for answer, label in dice.shuffled([(right, 1), (wrong, 0)])
     ]
-    return " ".join([question, *sorted((right, wrong))]), rows
+    return [f"{question} {right}", f"{question} {wrong}"], rows
 
 
 def identify_wikiqa(_first: int, block: int, rows: list[Row]) -> list[Row]:
@@ -152,8 +158,8 @@ def wikiqa_texts(row: Row) -> list[str]:
 
 
 # -- HotpotQA ----------------------------------------------------------------------------------------------------
-def draw_hotpotqa(dice: Dice, _label: int) -> tuple[str, list[Row]]:
-    """(key, rows) of one question that takes two paragraphs: where a person lives, and where that city lies.
+def draw_hotpotqa(dice: Dice, _label: int) -> tuple[list[str], list[Row]]:
+    """(keys, rows) of one question that takes two paragraphs: where a person lives, and where that city lies.
 
     Which country a city lies in is drawn anew in every row, so it cannot be learnt by heart.
     """
@@ -182,7 +188,7 @@ def draw_hotpotqa(dice: Dice, _label: int) -> tuple[str, list[Row]]:
         "context": {"title": titles, "sentences": [paragraphs[title] for title in titles]},
     }
     told = " ".join(line for title in titles for line in paragraphs[title])
-    return f"in which country does {people[asked]} live ? {told}", [row]
+    return [f"in which country does {people[asked]} live ? {told}"], [row]
 
 
 def identify_hotpotqa(_first: int, _block: int, rows: list[Row]) -> list[Row]:

@@ -39,8 +39,8 @@ OBJECTS = (
 )
 
 
-def draw(dice: Dice, label: int) -> tuple[str, list[dict[str, Any]]]:
-    """(key, rows) of one sentence; ``label`` 0 is option 1. The order of the options is that of neither the sentence nor the answer."""
+def draw(dice: Dice, label: int) -> tuple[list[str], list[dict[str, Any]]]:
+    """(keys, rows) of one sentence; ``label`` 0 is option 1. The order of the options is that of neither the sentence nor the answer."""
     is_thing = dice.chance(0.4)
     sentence, first, second = dice.pick(THINGS if is_thing else PERSONS)
     a, b = dice.sample(OBJECTS if is_thing else NAMES, 2)
@@ -48,7 +48,7 @@ def draw(dice: Dice, label: int) -> tuple[str, list[dict[str, Any]]]:
     text = sentence.format(a=a, b=b, p=dice.pick(first if is_first else second)) + " ."
     right, wrong = (a, b) if is_first else (b, a)
     options = (right, wrong) if label == 0 else (wrong, right)
-    return text, [{"sentence": text, "option1": options[0], "option2": options[1], "answer": str(label + 1)}]
+    return [text], [{"sentence": text, "option1": options[0], "option2": options[1], "answer": str(label + 1)}]
 
 
 def texts(row: dict[str, Any]) -> list[str]:

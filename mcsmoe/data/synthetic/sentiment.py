@@ -30,17 +30,18 @@ BAD = (
     *("bad", "awful", "terrible", "boring", "clumsy", "dull", "annoying", "stale", "ugly", "tedious", "lifeless"),
     *("shallow", "silly", "messy", "hollow", "cold", "bland", "stupid", "tiresome", "weak", "horrible", "pointless"),
 )
-FLIPS = ("not", "never", "hardly", "far from", "not at all", "anything but")
+FLIPS = ("not", "never", "hardly", "far from", "not at all", "by no means")
 DEGREES = ("", "", "", "very", "really", "so", "quite", "rather", "truly")
 VERBS = ("is", "was", "seems", "feels")
 LIKES = ("loved", "enjoyed", "admired", "liked")
 HATES = ("hated", "despised", "disliked", "regretted")
+FLIPPED = 0.3  # share of clauses whose words say the opposite of what they mean
 WISHES = ("enjoy", "love", "like", "admire")
 GRUDGES = ("hate", "despise", "dislike", "regret")
 
 
 def _describes(dice: Dice, subject: str, good: bool) -> str:
-    flip = dice.chance(0.5)
+    flip = dice.chance(FLIPPED)
     word = dice.pick(GOOD if good != flip else BAD)
     parts = [subject, dice.pick(VERBS), dice.pick(FLIPS) if flip else "", dice.pick(DEGREES), word]
     return " ".join(part for part in parts if part)
@@ -48,17 +49,17 @@ def _describes(dice: Dice, subject: str, good: bool) -> str:
 
 def _reacts(dice: Dice, subject: str, good: bool) -> str:
     who = dice.pick(("i", "we", "everyone"))
-    if dice.chance(0.5):
-        return f"{who} {dice.pick(LIKES if good else HATES)} {subject}"
-    return f"{who} did {dice.pick(('not', 'never'))} {dice.pick(GRUDGES if good else WISHES)} {subject}"
+    if dice.chance(FLIPPED):
+        return f"{who} did {dice.pick(('not', 'never'))} {dice.pick(GRUDGES if good else WISHES)} {subject}"
+    return f"{who} {dice.pick(LIKES if good else HATES)} {subject}"
 
 
 def _clause(dice: Dice, subject: str, good: bool) -> str:
     return (_describes if dice.chance(0.75) else _reacts)(dice, subject, good)
 
 
-def draw(dice: Dice, label: int) -> tuple[str, list[dict[str, Any]]]:
-    """(key, rows) of one sentence; ``label`` 1 is positive. Its form is drawn before the words that follow the label."""
+def draw(dice: Dice, label: int) -> tuple[list[str], list[dict[str, Any]]]:
+    """(keys, rows) of one sentence; ``label`` 1 is positive. Its form is drawn before the words that follow the label."""
     good = bool(label)
     first, second = (f"the {aspect}" for aspect in dice.sample(ASPECTS, 2))
     form = dice.below(6)
@@ -72,7 +73,7 @@ def draw(dice: Dice, label: int) -> tuple[str, list[dict[str, Any]]]:
         text = f"{_clause(dice, first, good)} , although {_clause(dice, second, not good)}"
     else:
         text = f"{_clause(dice, first, good)} and {_clause(dice, second, good)}"
-    return text, [{"sentence": text, "label": label}]
+    return [text], [{"sentence": text, "label": label}]
 
 
 def texts(row: dict[str, Any]) -> list[str]:
