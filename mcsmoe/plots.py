@@ -250,7 +250,7 @@ def training(curves: Sequence[tuple[Mapping[str, Any], pd.DataFrame]], title: st
     axes.set(ylabel="task loss (nats per token)", title=title)
     last = grid[-1, 0]
     last.set_xlabel("step")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * max(float(np.nanmax(line.get_ydata())) for line in axes.lines))
     if pruned:
         last.set(ylabel="kept (%)", ylim=(0, 105))
     for each in grid.flat:
@@ -289,11 +289,10 @@ def costs(cost: pd.DataFrame, title: str = "") -> Figure:
             axes.errorbar(
                 values, places, xerr=mean["latency_spread_ms"] / 2, fmt="none", color=INK, elinewidth=1, capsize=1.5
             )
-        top = float(np.nanmax(values)) if len(values) else 1.0
-        for place, value in zip(places, values, strict=True):
-            axes.text(
-                value + top * (0.08 if name == "latency_ms" else 0.03), place, f"{value:.3g}", va="center", fontsize=7.5
-            )
+        ends = values + (mean["latency_spread_ms"].to_numpy(dtype=float) / 2 if name == "latency_ms" else 0.0)
+        top = float(np.nanmax(ends))
+        for place, value, end in zip(places, values, ends, strict=True):
+            axes.text(end + top * 0.03, place, f"{value:.3g}", va="center", fontsize=7.5)
         axes.set_xlim(0, top * 1.3)
         axes.set_xlabel(label)
         axes.set_yticks(places, [label_of(v, e) for v, e in zip(mean["variant"], mean["experts"], strict=True)])

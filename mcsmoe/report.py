@@ -76,7 +76,9 @@ def scaled(value: float, unit: float) -> str:
 
 def signed(value: float) -> str:
     """A difference of two scores with its sign, or a dash where there is none."""
-    return "–" if value is None or math.isnan(value) else f"{value:+.3f}".replace("-", "−")
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:+.3f}".replace("-", "−") if abs(value) >= 0.0005 else "0.000"
 
 
 def p_text(value: float) -> str:
