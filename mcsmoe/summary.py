@@ -112,7 +112,7 @@ def as_text(summary: pd.DataFrame) -> str:
     lines = []
     for task, rows in summary.groupby("task", sort=False):
         metric, n = rows["metric"].iloc[0], rows["n"].iloc[0]
-        lines += [f"{task}: {metric}, {n} validation examples, 95 % intervals", ""]
+        lines += [f"{task}: {metric}, {n} units of the validation split, 95 % intervals", ""]
         head = (
             "variant",
             "experts",

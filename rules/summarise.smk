@@ -2,6 +2,7 @@ rule summarise:
     # One table of everything, and the report.
     input:
         unpack(everything_measured),
+        template=f"{workflow.basedir}/mcsmoe/templates/report.html.j2",
     output:
         summary=f"{RESULTS}/summary.parquet",
         report=f"{RESULTS}/report.html",
