@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def specs_of(model: nn.Module) -> dict[LayerId, LayerSpec]:
     return specs
 
 
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """State of the model with tied tensors once, under the name the others are tied to."""
     state = model.state_dict()
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
@@ -57,6 +57,13 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in state.items()
         if not (name in tied and tied[name] in state and state[tied[name]].data_ptr() == tensor.data_ptr())
     }
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that name, without its graph."""
+    path, _, attribute = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(path), attribute)
+    return found.detach()
 
 
 def save(
@@ -83,19 +90,39 @@ def save(
             if provenance is not None:
                 (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n")
             return
-        tensors = _own_tensors(model)
-        infos = by_alignment({name: TensorInfo.of(tensor) for name, tensor in tensors.items()})
-        config: Any = model.config
-        section = compact.make_section(config.model_type, specs, provenance)
-        digests = write_tensors(
-            folder, infos, ((name, tensors[name]) for name in infos), compact.metadata(section), shard_bytes
-        )
-        fields = json.loads(config.to_json_string())
-        fields |= {"architectures": [type(model).__name__], "dtype": str(_dtype_of(model)).removeprefix("torch.")}
-        compact.write_config(folder, fields, section, digests)
+        tensors = own_tensors(model)
+        infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
+        write_folder(folder, model, infos, tensors.__getitem__, provenance, shard_bytes)
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(folder)
+
+
+def write_folder(
+    folder: Path,
+    model: nn.Module,
+    infos: Mapping[str, TensorInfo],
+    tensor: Callable[[str], Tensor],
+    provenance: dict[str, Any] | None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Weights and configuration of a compact checkpoint of ``model``, whose tensors ``tensor(name)`` gives one by one.
+
+    A model without merged or compressed layers becomes a stock checkpoint in the names of its modules.
+    """
+    config: Any = model.config
+    infos, specs = by_alignment(infos), specs_of(model)
+    fields = json.loads(config.to_json_string())
+    fields |= {"architectures": [type(model).__name__], "dtype": str(_dtype_of(model)).removeprefix("torch.")}
+    section = compact.make_section(config.model_type, specs, provenance)
+    note = compact.metadata(section) if specs else {}
+    digests = write_tensors(folder, infos, ((name, tensor(name)) for name in infos), note, shard_bytes)
+    if specs:
+        compact.write_config(folder, fields, section, digests)
+        return
+    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    if provenance is not None:
+        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n")
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
@@ -146,7 +173,7 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: str |
     return _load_stock(folder, config, _dtype(dtype), torch.device(device))
 
 
-def _model_class(folder: Path, config: dict[str, Any]) -> Any:
+def model_class(folder: Path, config: dict[str, Any]) -> Any:
     import transformers
 
     for name in config.get("architectures") or []:
@@ -165,7 +192,7 @@ def _load_stock(folder: Path, config: dict[str, Any], dtype: torch.dtype | None,
     for file in sorted(folder.glob("*.safetensors")):
         TensorFile(file)
     try:
-        model, report = _model_class(folder, config).from_pretrained(
+        model, report = model_class(folder, config).from_pretrained(
             folder, dtype="auto" if dtype is None else dtype, output_loading_info=True, use_safetensors=True
         )
     except (OSError, RuntimeError) as error:
@@ -207,7 +234,7 @@ def skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     place = Path(folder)
     section = compact.read_section(place)
     fields = compact.read_config(place)
-    cls = _model_class(place, fields)
+    cls = model_class(place, fields)
     fields = {key: value for key, value in fields.items() if key not in (compact.SECTION, "model_type")}
     try:
         config = CONFIG_MAPPING[section["base_model_type"]].from_dict(fields)
@@ -266,7 +293,7 @@ def _load_compact(folder: Path, dtype: torch.dtype | None, device: torch.device)
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} weights are missing, among them {missing[0]!r}")
-    _fill_buffers(model, device)
+    fill_buffers(model, device)
     model.config.dtype = _dtype_of(model)
     with contextlib.suppress(OSError):
         from transformers import GenerationConfig
@@ -282,7 +309,7 @@ def _unsaved_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]
                 yield module, name, buffer
 
 
-def _fill_buffers(model: Any, device: torch.device) -> None:
+def fill_buffers(model: Any, device: torch.device) -> None:
     """Buffers that no checkpoint holds, such as rotary frequencies, are computed by the model's own initialisation."""
     empty: set[nn.Module] = set()
     for module, name, buffer in list(_unsaved_buffers(model)):

@@ -114,6 +114,30 @@ class TensorFile:
             handle.seek(self._start[name])
             return self._fill(handle, name)
 
+    def overwrite(self, name: str, tensor: Tensor) -> None:
+        """Put ``tensor`` in the place of the stored one, in its number format.
+
+        Raises:
+            ValueError: it has another shape; names the tensor.
+        """
+        info = self.tensors[name]
+        if tuple(tensor.shape) != info.shape:
+            raise ValueError(f"{self.path}: tensor {name!r} has shape {info.shape}, not {tuple(tensor.shape)}")
+        with self.path.open("rb+") as handle:
+            handle.seek(self._start[name])
+            handle.write(_bytes(tensor.detach().to("cpu", info.dtype).contiguous()))
+
+    def verify(self, sha256: str) -> None:
+        """Read the whole file, keeping nothing.
+
+        Raises:
+            ValueError: its SHA-256 is not ``sha256``; names the file.
+        """
+        with self.path.open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        if found != sha256:
+            raise ValueError(f"{self.path}: altered since it was written (its SHA-256 differs); restore or rebuild it")
+
     def stream(self, sha256: str | None = None) -> Iterator[tuple[str, Tensor]]:
         """All tensors in file order, each in memory of its own.
 

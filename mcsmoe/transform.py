@@ -186,7 +186,7 @@ def split_experts(
         weights, table = adapter.read_experts(model, layer), adapter.expert_to_group(model, layer)
         grams = {}
         if statistics is not None:
-            grams = _grams(weights, table, statistics.layers[layer], adapter.activation(model, layer))
+            grams = input_grams(weights, table, statistics.layers[layer], adapter.activation(model, layer))
         factors: dict[str, LowRankFactors] = {}
         for name in weights.names(Role.INPUT, Role.OUTPUT):
             matrix, where = weights.tensors[name], f"layer {layer!r}, {name}"
@@ -198,7 +198,7 @@ def split_experts(
         adapter.write_compressed(model, layer, factors, biases, table)
 
 
-def _grams(
+def input_grams(
     weights: ExpertWeights, table: Tensor, statistics: LayerStatistics, activation: ExpertActivation
 ) -> dict[str, Tensor]:
     """By matrix [G, i, i]: the Gram matrix of what it receives, over each group's calibration tokens."""

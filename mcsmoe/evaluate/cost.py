@@ -119,7 +119,7 @@ def measure_here(
     with torch.inference_mode():
         # Before anything else is counted: counting must not raise the high-water mark.
         model(**inputs)
-        memory = _peak_memory(device)
+        memory = peak_memory(device)
         parameters, nonzero = count_parameters(model)
         flops = count_flops(lambda: model(**inputs))
         milliseconds = _time(lambda: model(**inputs), repeats, device)
@@ -227,7 +227,7 @@ def _time(run: Callable[[], object], repeats: int, device: Any) -> list[float]:
     return times[_WARM_UP:]
 
 
-def _peak_memory(device: Any) -> int:
+def peak_memory(device: Any) -> int:
     import torch
 
     if device.type != "cpu":
