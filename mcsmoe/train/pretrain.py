@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import SwitchTransformersForConditionalGeneration
 
 Ids = NDArray[np.int64]
+_NEAR, _FAR = 2.0, 8.0  # logits a neighbour's head loses per position, and at most
 
 
 def build_switch(
@@ -29,7 +30,39 @@ def build_switch(
         vocab_size=vocab_size, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **architecture
     )
     torch.manual_seed(seed)
-    return SwitchTransformersForConditionalGeneration(config)
+    model = SwitchTransformersForConditionalGeneration(config)
+    _look_near(model)
+    return model
+
+
+@torch.no_grad()
+def _look_near(model: SwitchTransformersForConditionalGeneration) -> None:
+    """Start attention heads at different ranges: at the neighbour before, the neighbour after, and ever wider.
+
+    AdamW moves a position bias by about one learning rate a step, so from the near-zero start of the library a head needs
+    thousands of steps to look at a neighbour. The slopes of the wider heads halve as in ALiBi (arXiv 2108.12409).
+    """
+    for stack in (model.encoder, model.decoder):
+        attention = stack.block[0].layer[0].SelfAttention
+        buckets, heads = attention.relative_attention_bias.weight.shape
+        span = torch.arange(-(buckets // 2) + 1, buckets // 2)  # memory position minus query position
+        place = attention._relative_position_bucket(
+            span,
+            bidirectional=not stack.is_decoder,
+            num_buckets=buckets,
+            max_distance=attention.relative_attention_max_distance,
+        )
+        for head in range(heads):
+            if head == 0:
+                bias = -_NEAR * (span + 1).abs()
+            elif head == 1 and not stack.is_decoder:
+                bias = -_NEAR * (span - 1).abs()
+            else:
+                bias = -(0.5**head) * span.abs()
+            # A bucket takes the value of the nearest position in it, or of the farthest of all if it has none.
+            column = torch.full((buckets,), float(bias.min()))
+            column.scatter_reduce_(0, place, bias.to(column), "amax", include_self=False)
+            attention.relative_attention_bias.weight[:, head] = column.clamp(min=-_FAR)
 
 
 def noise_mask(length: int, density: float, mean_span: float, rng: np.random.Generator) -> NDArray[np.bool_]:
