@@ -146,6 +146,11 @@ def cost(table: pd.DataFrame) -> pd.DataFrame:
     made["nonzero_parameters"] = made["parameters"]
     made["latency_spread_ms"] = 0.6
     made["throughput"] = 8000 / made["latency_ms"]
+    made["parameter_bytes"] = made["resident_memory_bytes"] = 4 * made["parameters"]
+    made["flops_per_second"] = made["flops"] / made["latency_ms"] * 1000
+    made["generate_latency_ms"] = 3 * made["latency_ms"]
+    made["generate_latency_spread_ms"] = 1.2
+    made["generate_tokens_per_second"] = 64000 / made["generate_latency_ms"]
     made = made.assign(batch_size=8, input_tokens=128, label_tokens=8, threads=1, device="cpu", dtype="float32")
     made["experts_per_layer"] = [[int(experts)] * len(LAYERS) for experts in made["experts"]]
     return made[SCHEMAS["cost"].names]

@@ -108,9 +108,22 @@ def test_a_fresh_process_measures_the_checkpoint(folder: Path) -> None:
     assert result["experts_per_layer"] == [6] * 5
     assert 100 << 20 < result["peak_memory_bytes"] < ballast.nbytes
     assert result["throughput"] == pytest.approx(3000 / result["latency_ms"])
+    assert result["parameter_bytes"] == 4 * result["parameters"]
+    assert 0 <= result["resident_memory_bytes"] < 50 << 20
+    assert result["flops_per_second"] == pytest.approx(1000 * result["flops"] / result["latency_ms"])
+    assert result["generate_tokens_per_second"] == pytest.approx(3 * 4 * 1000 / result["generate_latency_ms"])
     with torch.inference_mode():
         inputs = cost.batch(model, SETTINGS)
         assert result["flops"] == cost.count_flops(lambda: model(**inputs))
+
+
+def test_generation_makes_exactly_the_tokens_asked_for() -> None:
+    model = tiny_switch.model()
+    model.generation_config.eos_token_id = 5  # would end rows early
+    made = cost._generation(model, cost.batch(model, SETTINGS), SETTINGS)()
+    assert made.shape == (3, 1 + SETTINGS.label_tokens)
+    assert cost._generates(model)
+    assert not cost._generates(nn.Linear(1, 1))
 
 
 def test_bad_settings_and_folders_are_refused_by_name(folder: Path, tmp_path: Path) -> None:

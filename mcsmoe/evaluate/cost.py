@@ -7,6 +7,7 @@ is that of loading and running the checkpoint and of nothing the caller did befo
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import statistics
@@ -61,7 +62,10 @@ def measure(
         ``repeats`` passes after warm-up, ``latency_spread_ms`` their interquartile range, ``throughput`` in examples
         per second of median latency. ``peak_memory_bytes`` is the high-water mark of resident memory up to and
         including the first pass, interpreter and libraries included; on an accelerator it is the peak of
-        memory allocated there.
+        memory allocated there. ``resident_memory_bytes`` is what loading the model added to resident memory, to be held
+        against ``parameter_bytes`` (parameters times the bytes of one) and ``bytes_on_disk``. ``flops_per_second`` is
+        the rate at which ``flops`` were done. ``generate_...`` are of greedily generating ``label_tokens`` tokens for
+        every example, with the cache of keys and values; NaN for a model that cannot.
 
     Raises:
         ValueError: a setting below 1, an unknown dtype, a folder without weight files, or what loading refused.
@@ -114,7 +118,9 @@ def measure_here(
 
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
+    empty = resident_memory(device)
     model = load()
+    resident = resident_memory(device) - empty
     inputs = batch(model, settings)
     with torch.inference_mode():
         # Before anything else is counted: counting must not raise the high-water mark.
@@ -123,16 +129,23 @@ def measure_here(
         parameters, nonzero = count_parameters(model)
         flops = count_flops(lambda: model(**inputs))
         milliseconds = _time(lambda: model(**inputs), repeats, device)
-    median = statistics.median(milliseconds)
+        generation = _time(_generation(model, inputs, settings), repeats, device) if _generates(model) else [math.nan]
+    median, generating = statistics.median(milliseconds), statistics.median(generation)
     return {
         "parameters": parameters,
         "nonzero_parameters": nonzero,
+        "parameter_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "bytes_on_disk": weight_bytes(path),
+        "resident_memory_bytes": resident,
         "peak_memory_bytes": memory,
         "flops": flops,
+        "flops_per_second": flops / median * 1000,
         "latency_ms": median,
         "latency_spread_ms": spread(milliseconds),
         "throughput": settings.batch_size / median * 1000,
+        "generate_latency_ms": generating,
+        "generate_latency_spread_ms": spread(generation),
+        "generate_tokens_per_second": settings.batch_size * settings.label_tokens / generating * 1000,
         **asdict(settings),
         "experts_per_layer": experts_per_layer(model),
     }
@@ -156,6 +169,19 @@ def batch(model: nn.Module, settings: Settings) -> dict[str, Tensor]:
         return {"input_ids": made, "attention_mask": torch.ones_like(made)}
     source, target = ids(settings.input_tokens), ids(settings.label_tokens)
     return {"input_ids": source, "attention_mask": torch.ones_like(source), "decoder_input_ids": target}
+
+
+def _generates(model: Any) -> bool:
+    return bool(getattr(model, "can_generate", lambda: False)())
+
+
+def _generation(model: Any, inputs: Mapping[str, Tensor], settings: Settings) -> Callable[[], object]:
+    """Greedily generate exactly ``label_tokens`` tokens from the inputs, with the cache."""
+    prompt = {name: inputs[name][:, : settings.input_tokens] for name in ("input_ids", "attention_mask")}
+    length = {"min_new_tokens": settings.label_tokens, "max_new_tokens": settings.label_tokens}
+    # Some configurations name no padding, and each call would then warn.
+    pad = model.config.pad_token_id if getattr(model.config, "pad_token_id", None) is not None else 0
+    return lambda: model.generate(**prompt, **length, do_sample=False, use_cache=True, pad_token_id=pad)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -227,7 +253,19 @@ def _time(run: Callable[[], object], repeats: int, device: Any) -> list[float]:
     return times[_WARM_UP:]
 
 
+def resident_memory(device: Any) -> int:
+    """Bytes of this process in memory now; on an accelerator, allocated there."""
+    import torch
+
+    if device.type != "cpu":
+        return torch.accelerator.memory_allocated(device)
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_memory(device: Any) -> int:
+    """High-water mark of this process's resident memory, in bytes; on an accelerator, of what was allocated there."""
     import torch
 
     if device.type != "cpu":
@@ -248,6 +286,9 @@ def _main(request: str) -> dict[str, Any]:
     import torch
 
     from mcsmoe import checkpoint
+    from mcsmoe.adapters.registry import adapters
+
+    adapters()  # model classes are libraries: they are in memory before the model is counted
 
     asked = json.loads(request)
     settings = Settings(**asked["settings"])
