@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 LINKAGES = ("average", "complete", "single", "weighted", "ward")
 
 
