@@ -150,7 +150,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 
-MEASURED = ("seconds", "latency_ms", "latency_spread_ms", "throughput", "peak_memory_bytes")
+MEASURED = (
+    *("seconds", "latency_ms", "latency_spread_ms", "throughput", "peak_memory_bytes", "resident_memory_bytes"),
+    *("flops_per_second", "generate_latency_ms", "generate_latency_spread_ms", "generate_tokens_per_second"),
+)
 """Columns that a clock or a scale fills: everything else is the same when a run is repeated."""
 
 
