@@ -1,8 +1,8 @@
 """W = U V + S: truncated singular value decomposition of all experts of a layer at once (section 3.2 of MC-SMoE).
 
-A full decomposition per matrix computes all min(o, i) singular vectors to keep R of them. Here the wanted subspace is
-read from the Gram matrix of the smaller side, which costs one product and one small symmetric eigenproblem, and is
-then refined on W itself: the Gram matrix squares the condition, and small singular values would drown in rounding.
+A full decomposition per matrix computes all min(o, i) singular vectors to keep R of them. Here only the wanted subspace
+is computed, as leading eigenvectors of the Gram matrix of the smaller side. That squares the condition: where wanted
+singular values are small beside the largest they drown in rounding, and the subspace is refined on W itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from torch import Tensor
 from mcsmoe.types import LowRankFactors
 
 _EXACT_BELOW = 96  # smaller side up to which the full decomposition is cheap enough
-_EXTRA = 8  # directions carried beyond the rank, so that the refinement may choose between near-ties
+_EXTRA = 8  # directions carried beyond the rank, so that a refinement may choose between near-ties
+_RESOLVED = 1e-3  # share of the largest eigenvalue above which float32 tells eigenvectors from rounding
+_GRAM_BLOCKS = 4
 
 
 def check_rank(matrix_Goi: Tensor, rank: int, name: str = "matrix") -> None:
@@ -29,6 +31,9 @@ def check_rank(matrix_Goi: Tensor, rank: int, name: str = "matrix") -> None:
 
 
 def _require_finite(tensor: Tensor, name: str) -> None:
+    # One pass without a mask: a sum is finite only if its terms are, and a false alarm is looked into.
+    if bool(torch.isfinite(_working(tensor).flatten(1).sum(dim=1)).all()):
+        return
     bad_G = ~torch.isfinite(tensor).flatten(1).all(dim=1)
     if bad_G.any():
         raise ValueError(f"{name}: entries of group {int(bad_G.nonzero()[0])} are not finite; its training diverged")
@@ -38,30 +43,68 @@ def _working(matrix: Tensor) -> Tensor:
     return matrix.detach().to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
 
 
-def _top_right(matrix_Goi: Tensor, size: int) -> Tensor:
-    """[G, i, size]: an orthonormal basis close to the ``size`` leading right singular vectors of each matrix."""
-    _, out, inner = matrix_Goi.shape
-    if out < inner:
-        basis_Gob = torch.linalg.eigh(matrix_Goi @ matrix_Goi.mT).eigenvectors[:, :, -size:]
-    else:
-        right_Gib = torch.linalg.eigh(matrix_Goi.mT @ matrix_Goi).eigenvectors[:, :, -size:]
-        basis_Gob = torch.linalg.qr(matrix_Goi @ right_Gib).Q
-    return torch.linalg.qr(matrix_Goi.mT @ basis_Gob).Q
+def _gram(tall_GMm: Tensor) -> Tensor:
+    """[G, m, m]: A^T A, the blocks on and below the diagonal only; a symmetric solver reads no more than that."""
+    size = tall_GMm.shape[2]
+    gram_Gmm = tall_GMm.new_zeros(tall_GMm.shape[0], size, size)
+    step = -(-size // _GRAM_BLOCKS)
+    for start in range(0, size, step):
+        rows = slice(start, start + step)
+        gram_Gmm[:, rows, : start + step] = tall_GMm[:, :, rows].mT @ tall_GMm[:, :, : start + step]
+    return gram_Gmm
+
+
+def _top_eigen(gram_Gmm: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest eigenvalues [G, count], descending, and eigenvectors [G, m, count]; lower triangle given."""
+    size = gram_Gmm.shape[1]
+    if gram_Gmm.device.type != "cpu" or 2 * count > size:
+        value_Gm, vector_Gmm = torch.linalg.eigh(gram_Gmm, UPLO="L")
+        return value_Gm[:, -count:].flip(1), vector_Gmm[:, :, -count:].flip(2)
+    from scipy.linalg import eigh
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    # LAPACK computes a part of the eigenvectors in less than half the time of all; torch offers all only. One thread:
+    # the reduction is bound by memory, and threads that wait for each other on a busy machine make it far slower.
+    with threadpool_limits(1, user_api="blas"):
+        found = [
+            eigh(gram, subset_by_index=[size - count, size - 1], driver="evr", check_finite=False)
+            for gram in gram_Gmm.numpy()
+        ]
+    value_Gb = torch.stack([torch.from_numpy(value) for value, _ in found])
+    vector_Gmb = torch.stack([torch.from_numpy(vector) for _, vector in found])
+    return value_Gb.flip(1), vector_Gmb.flip(2)
+
+
+def _leading_tall(tall_GMm: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``leading_singular`` for M >= m, v being [G, m, R]."""
+    value_Gb, right_Gmb = _top_eigen(_gram(tall_GMm), min(rank + _EXTRA, tall_GMm.shape[2]))
+    if bool((value_Gb[:, rank - 1] > _RESOLVED * value_Gb[:, 0]).all()):
+        right_GmR = right_Gmb[:, :, :rank]
+        scaled_GMR = tall_GMm @ right_GmR
+        s_GR = torch.linalg.vector_norm(scaled_GMR, dim=1)
+        return scaled_GMR / s_GR[:, None, :], s_GR, right_GmR
+    # Half a step of subspace iteration, which what rounding added does not survive; then W inside that subspace.
+    basis_GMb = torch.linalg.qr(tall_GMm @ right_Gmb).Q
+    right_Gmb, triangle_Gbb = torch.linalg.qr(tall_GMm.mT @ basis_GMb)
+    inner_v, s_Gb, inner_u = torch.linalg.svd(triangle_Gbb)
+    return basis_GMb @ inner_u[:, :rank].mT, s_Gb[:, :rank], right_Gmb @ inner_v[:, :, :rank]
 
 
 def leading_singular(matrix_Goi: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``rank`` leading singular triplets of each matrix: u [G, o, R], s [G, R] descending, v [G, R, i].
+    """The ``rank`` leading singular triplets of each matrix: u [G, o, R], s [G, R], v [G, R, i].
 
-    The reconstruction error ||W - u s v|| is that of the exact truncated decomposition to a relative 1e-4 (measured:
-    below 1e-6 in float32).
+    The reconstruction error ||W - u s v|| is that of the exact truncated decomposition to a relative 1e-4 (measured in
+    float32: 1e-6 and less). u and v are orthonormal to about 1e-4.
     """
-    if min(matrix_Goi.shape[1:]) <= _EXACT_BELOW:
+    _, out, inner = matrix_Goi.shape
+    if min(out, inner) <= _EXACT_BELOW:
         u_Gom, s_Gm, v_Gmi = torch.linalg.svd(matrix_Goi, full_matrices=False)
         return u_Gom[:, :, :rank], s_Gm[:, :rank], v_Gmi[:, :rank]
-    right_Gib = _top_right(matrix_Goi, min(rank + _EXTRA, *matrix_Goi.shape[1:]))
-    left_Gob, triangle_Gbb = torch.linalg.qr(matrix_Goi @ right_Gib)
-    inner_u, s_Gb, inner_v = torch.linalg.svd(triangle_Gbb)
-    return left_Gob @ inner_u[:, :, :rank], s_Gb[:, :rank], inner_v[:, :rank] @ right_Gib.mT
+    if out >= inner:
+        u_GoR, s_GR, v_GiR = _leading_tall(matrix_Goi, rank)
+        return u_GoR, s_GR, v_GiR.mT
+    v_GiR, s_GR, u_GoR = _leading_tall(matrix_Goi.mT, rank)
+    return u_GoR, s_GR, v_GiR.mT
 
 
 def _factors(matrix_Goi: Tensor, u_GoR: Tensor, s_GR: Tensor, v_GRi: Tensor) -> LowRankFactors:
@@ -130,7 +173,7 @@ def decompose_whitened(
     gram_Gii.diagonal(dim1=1, dim2=2).add_(torch.where(used_G, regularisation, 1.0)[:, None])
     root_Gii = torch.linalg.cholesky(gram_Gii).to(_working(matrix_Goi).dtype)
     weights_Goi = _working(matrix_Goi)
-    basis_GoR = leading_singular(weights_Goi @ root_Gii, rank)[0]
+    basis_GoR = torch.linalg.qr(leading_singular(weights_Goi @ root_Gii, rank)[0]).Q
     # Re-split evenly: the factors of the whitened matrix are not balanced for the matrix itself.
     right_GiR, triangle_GRR = torch.linalg.qr(weights_Goi.mT @ basis_GoR)
     inner_v, s_GR, inner_u = torch.linalg.svd(triangle_GRR)
