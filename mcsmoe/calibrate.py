@@ -27,17 +27,29 @@ def _inputs(batch: Batch, device: torch.device) -> Batch:
 
 @torch.no_grad()
 def collect_routing(
-    model: nn.Module, adapter: Adapter, batches: Iterable[Batch], total: int, statistics: RoutingStatistics
+    model: nn.Module,
+    adapter: Adapter,
+    batches: Iterable[Batch],
+    total: int,
+    statistics: RoutingStatistics,
+    saliency: bool = False,
 ) -> RoutingStatistics:
-    """Add what every sparse layer routes on ``batches`` to ``statistics``; padding never counts."""
+    """Add what every sparse layer routes on ``batches`` to ``statistics``; padding never counts.
+
+    With ``saliency`` also that of the experts (REAP), which computes every token's expert a second time.
+    """
     device = next(model.parameters()).device
     model.eval()
-    experts = {layer: adapter.read_experts(model, layer) for layer in adapter.layers(model)}
-    activations = {layer: adapter.activation(model, layer) for layer in experts}
+    layers = adapter.layers(model) if saliency else []
+    experts = {layer: adapter.read_experts(model, layer) for layer in layers}
+    activations = {layer: adapter.activation(model, layer) for layer in layers}
     with adapter.capture(model) as captured:
         for batch in progress(batches, "routing statistics", total=total):
             model(**_inputs(batch, device), use_cache=False)
-            statistics.update(captured.batches, experts=experts, activations=activations)
+            if saliency:
+                statistics.update(captured.batches, experts=experts, activations=activations)
+            else:
+                statistics.update(captured.batches)
     return statistics
 
 

@@ -21,12 +21,12 @@ rule collect_routing:
         code=code("collect_routing"),
         options=options("calibration"),
         limits=limits(),
-        whiten="--whiten" if WHITEN else "",
+        extras=" ".join(EXTRAS),
     message:
         "collect routing statistics of {wildcards.task}, seed {wildcards.seed}"
     shell:
         "python {SCRIPTS:q}/collect_routing.py "
         "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {DEVICE} "
         "--table {output.table:q} --statistics {output.statistics:q} "
-        "{params.limits} {params.options} {params.whiten} "
+        "{params.limits} {params.options} {params.extras} "
         "--log {log:q}"

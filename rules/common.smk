@@ -286,10 +286,13 @@ def whitening_input(wildcards):
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------
-# Whether any method weighs inputs by how often they occur; what that needs is collected only then.
-WHITEN = any(
-    METHODS[variant].decomposition == "whitened" for variant in CONFIG["variants"]
-)
+# What only some methods need of the calibration pass is collected only for them.
+CONFIGURED = [METHODS[variant] for variant in CONFIG["variants"]]
+EXTRAS = []
+if any(method.decomposition == "whitened" for method in CONFIGURED):
+    EXTRAS.append("--whiten")
+if any(method.merge == "reap" for method in CONFIGURED):
+    EXTRAS.append("--saliency")
 LABELS = {made: (variant, experts) for variant, experts, made in evaluated()}
 RUN_LIST = json.dumps(
     [

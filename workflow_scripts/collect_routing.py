@@ -21,6 +21,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--table", type=Path, required=True, help="written: one row per layer and expert")
     parser.add_argument("--statistics", type=Path, required=True, help="written: sufficient statistics")
+    parser.add_argument("--saliency", action="store_true", help="also collect what pruning by saliency (REAP) needs")
     parser.add_argument("--whiten", action="store_true", help="also keep what activation-aware decomposition needs")
     options.add_section(parser, "data", only=("max_input", "max_label"))
     options.add_section(parser, "calibration")
@@ -47,6 +48,7 @@ def main(arguments: argparse.Namespace) -> None:
     statistics = calibrate.collect_routing(
         *(model, adapter_for(model), batches, len(batches)),
         RoutingStatistics(reservoir=arguments.reservoir, whiten=arguments.whiten, seed=arguments.seed),
+        saliency=arguments.saliency,
     )
     write_table(arguments.table, routing_frame(statistics), "routing")
     calibrate.save_tensors(arguments.statistics, statistics.tensors())
