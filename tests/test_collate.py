@@ -125,6 +125,26 @@ def test_save_and_load(tokens: Tokenised, tmp_path: Path) -> None:
         Tokenised.load(tmp_path / "bad.npz")
 
 
+def test_tokens_are_kept_under_what_they_follow_from(
+    examples: pd.DataFrame, tokenizer: Any, tokens: Tokenised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenize(examples, tokenizer, 128, 16, cache=tmp_path)
+    tokenize(examples.head(50), tokenizer, 128, 16, cache=tmp_path)
+    tokenize(examples, tokenizer, 64, 16, cache=tmp_path)
+    other = train_tokenizer([" ".join(WORDS[:40])] * 3, 300, 4, lowercase=True)
+    tokenize(examples, other, 128, 16, cache=tmp_path)
+    kept = sorted(tmp_path.iterdir())
+    assert len(kept) == 4
+    tokenizer("w1 w2 w3", truncation=True, max_length=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(collate, "_tokenize", lambda *_: pytest.fail("tokenised again"))
+        assert tokenize(examples, tokenizer, 128, 16, cache=tmp_path).digest == tokens.digest
+    for file in kept:
+        file.write_bytes(file.read_bytes()[:200])
+    assert tokenize(examples, tokenizer, 128, 16, cache=tmp_path).digest == tokens.digest
+    assert sorted(tmp_path.iterdir()) == kept
+
+
 @pytest.mark.parametrize("size", [1, 32, 64, 403, 1000])
 def test_an_epoch_has_every_example_once(tokens: Tokenised, size: int) -> None:
     batches = TaskBatches(tokens, size, seed=1)

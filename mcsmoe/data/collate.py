@@ -6,6 +6,7 @@ A batch is a function of (tokens, seed, step) alone, so that a training that res
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -109,12 +110,16 @@ def require_special_tokens(tokenizer: Any) -> tuple[int, int]:
     return int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
 
 
-def tokenize(examples: pd.DataFrame, tokenizer: Any, max_input: int, max_label: int) -> Tokenised:
+def tokenize(
+    examples: pd.DataFrame, tokenizer: Any, max_input: int, max_label: int, cache: str | Path | None = None
+) -> Tokenised:
     """Tokens of table ``examples``, inputs and targets each closed by one end token.
 
     Args:
         max_input: longest input, end token included; longer ones lose what is last, and are counted and reported.
         max_label: longest target, end token included; a longer one cannot be learnt and is an error.
+        cache: folder where the tokens are kept, under a name that follows from the texts, the tokenizer and the limits,
+            and are looked for before anything is tokenised.
 
     Raises:
         ValueError: a target over ``max_label``, no examples, or a tokenizer without pad or end token.
@@ -122,6 +127,46 @@ def tokenize(examples: pd.DataFrame, tokenizer: Any, max_input: int, max_label: 
     pad, eos = require_special_tokens(tokenizer)
     if not len(examples):
         raise ValueError("there are no examples to tokenise; give a split with rows")
+    key = None if cache is None else _key(examples, tokenizer, (max_input, max_label, pad, eos))
+    path = None if cache is None or key is None else Path(cache) / f"tokens-{key}.npz"
+    made = _stored(path)
+    if made is None:
+        made = _tokenize(examples, tokenizer, max_input, max_label, (pad, eos))
+        if path is not None:
+            made.save(path)
+    if made.truncated:
+        log.info("%d of %d inputs are longer than %d tokens and were cut", made.truncated, len(made), max_input)
+    return made
+
+
+def _stored(path: Path | None) -> Tokenised | None:
+    if path is None or not path.is_file():
+        return None
+    try:
+        return Tokenised.load(path)
+    except ValueError as error:
+        log.warning("%s", error)
+        return None
+
+
+def _key(examples: pd.DataFrame, tokenizer: Any, settings: tuple[int, ...]) -> str | None:
+    """Digest of everything the tokens follow from; None for a tokenizer that cannot be written down."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    # What the last call cut and padded to is left in the tokenizer, and is no part of it.
+    parts = {name: part for name, part in json.loads(backend.to_str()).items() if name not in ("truncation", "padding")}
+    found = hashlib.sha256(json.dumps([type(tokenizer).__name__, settings, parts], sort_keys=True).encode())
+    for column in ("input", "target"):
+        for text in examples[column]:
+            found.update(str(len(text)).encode() + b"\0" + text.encode())
+    return found.hexdigest()[:24]
+
+
+def _tokenize(
+    examples: pd.DataFrame, tokenizer: Any, max_input: int, max_label: int, special: tuple[int, int]
+) -> Tokenised:
+    pad, eos = special
     inputs = [_closed(ids, eos) for ids in tokenizer(examples["input"].tolist(), verbose=False)["input_ids"]]
     labels = [
         _closed(ids, eos) for ids in tokenizer(text_target=examples["target"].tolist(), verbose=False)["input_ids"]
@@ -134,12 +179,10 @@ def tokenize(examples: pd.DataFrame, tokenizer: Any, max_input: int, max_label: 
             )
     long = [row for row, ids in enumerate(inputs) if len(ids) > max_input]
     if long:
-        cut = tokenizer([examples["input"].iloc[row] for row in long], truncation=True, max_length=max_input)[
-            "input_ids"
-        ]
+        texts = [examples["input"].iloc[row] for row in long]
+        cut = tokenizer(texts, truncation=True, max_length=max_input)["input_ids"]
         for row, ids in zip(long, cut, strict=True):
             inputs[row] = ids if ids[-1] == eos else [*ids[: max_input - 1], eos]
-        log.info("%d of %d inputs are longer than %d tokens and were cut", len(long), len(inputs), max_input)
     input_ids, input_offsets = _flat(inputs)
     label_ids, label_offsets = _flat(labels)
     return Tokenised(input_ids, input_offsets, label_ids, label_offsets, pad, len(long))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mcsmoe.data.synthetic.words import Dice
 
-ROWS = {"train": 12_000, "validation": 1_000}
+ROWS = {"train": 24_000, "validation": 1_000}
 """Rows where the configuration names no number."""
 
 CORPUS_ROWS = 2_000

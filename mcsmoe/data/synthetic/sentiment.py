@@ -35,7 +35,8 @@ DEGREES = ("", "", "", "very", "really", "so", "quite", "rather", "truly")
 VERBS = ("is", "was", "seems", "feels")
 LIKES = ("loved", "enjoyed", "admired", "liked")
 HATES = ("hated", "despised", "disliked", "regretted")
-FLIPPED = 0.3  # share of clauses whose words say the opposite of what they mean
+FLIPPED = 0.25  # share of clauses whose words say the opposite of what they mean
+FORMS = (*["one"] * 4, *["and"] * 3, "but", "although first", "although last")
 WISHES = ("enjoy", "love", "like", "admire")
 GRUDGES = ("hate", "despise", "dislike", "regret")
 
@@ -62,17 +63,17 @@ def draw(dice: Dice, label: int) -> tuple[list[str], list[dict[str, Any]]]:
     """(keys, rows) of one sentence; ``label`` 1 is positive. Its form is drawn before the words that follow the label."""
     good = bool(label)
     first, second = (f"the {aspect}" for aspect in dice.sample(ASPECTS, 2))
-    form = dice.below(6)
-    if form < 2:
+    form = dice.pick(FORMS)
+    if form == "one":
         text = _clause(dice, first, good)
-    elif form == 2:
-        text = f"{_clause(dice, first, not good)} but {_clause(dice, second, good)}"
-    elif form == 3:
-        text = f"although {_clause(dice, first, not good)} , {_clause(dice, second, good)}"
-    elif form == 4:
-        text = f"{_clause(dice, first, good)} , although {_clause(dice, second, not good)}"
-    else:
+    elif form == "and":
         text = f"{_clause(dice, first, good)} and {_clause(dice, second, good)}"
+    elif form == "but":
+        text = f"{_clause(dice, first, not good)} but {_clause(dice, second, good)}"
+    elif form == "although first":
+        text = f"although {_clause(dice, first, not good)} , {_clause(dice, second, good)}"
+    else:
+        text = f"{_clause(dice, first, good)} , although {_clause(dice, second, not good)}"
     return [text], [{"sentence": text, "label": label}]
 
 
