@@ -93,7 +93,7 @@ class Project:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project(tmp_path_factory.mktemp("work flow") / "a clone")
     output = project.run()
-    assert "mlflow" in output
+    assert "MLflow:" in output
     assert "report.html" in output
     return project
 
