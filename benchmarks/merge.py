@@ -3,7 +3,8 @@
 Merging has to read every expert once and write every merged expert once; it can be no faster than that traffic at the
 speed of a plain copy between two buffers that exist. Copy and merge run in turn, again and again; the share is the
 median over the repeats of (bytes / time) over (bytes copied / time) of the same repeat. "first touch" is the same copy
-into memory that the system must still hand out, as it must for the merged experts.
+into memory that the system must still hand out, as it must for the merged experts: the bound is what has to be read, at
+the speed of a copy, and what has to be written, at that of a first touch.
 
 Extra memory is the peak of the process during the call over what it held before, the merged experts included. Target:
 apart from the merged experts at most one layer's experts.
@@ -110,12 +111,13 @@ def measure(options: argparse.Namespace, d_model: int, d_ff: int) -> list[dict[s
         log.info("%s at d_model %d, d_ff %d", method, d_model, d_ff)
         layer, merged = size(given.weights), size(merge(given).weights)
         read = {"fisher": layer + size(given.fisher), "prune": layer + merged}.get(method, layer)
-        times, shares, copies, touches = [], [], [], []
+        times, shares, copies, touches, bounds = [], [], [], [], []
         for _ in range(1 if method == "git-rebasin" else options.repeats):
             copies.append(seconds(lambda: target.copy_(source)))
             touches.append(seconds(source.clone))
             times.append(seconds(lambda merge=merge: merge(given)))
             shares.append((read + merged) / times[-1] / (copied / copies[-1]))
+            bounds.append((read / copied * copies[-1] + 2 * merged / copied * touches[-1]) / times[-1])
         rows.append(
             {
                 "method": method,
@@ -126,6 +128,7 @@ def measure(options: argparse.Namespace, d_model: int, d_ff: int) -> list[dict[s
                 "copy_bandwidth": copied / statistics.median(copies),
                 "first_touch_bandwidth": copied / statistics.median(touches),
                 "share_of_copy": statistics.median(shares),
+                "share_of_bound": statistics.median(bounds),
                 "extra_over_output": (peak_over_held(lambda merge=merge: merge(given)) - merged) / layer,
             }
         )
@@ -142,8 +145,8 @@ def main(options: argparse.Namespace) -> None:
         f"{options.experts} experts to {options.groups}, {options.dtype}, {options.threads} threads, "
         f"median of {options.repeats}; extra memory in layers of experts, merged ones not counted, target <= 1"
     )
-    head = ("method", "D x F", "moved", "time", "GB/s", "copy", "first touch", "share of copy", "extra")
-    print("{:12} {:>12} {:>9} {:>9} {:>7} {:>7} {:>12} {:>14} {:>7}".format(*head))
+    head = ("method", "D x F", "moved", "time", "GB/s", "copy", "first touch", "share of copy", "of bound", "extra")
+    print("{:12} {:>12} {:>9} {:>9} {:>7} {:>7} {:>12} {:>14} {:>9} {:>7}".format(*head))
     for d_model, d_ff in SHAPES[:1] if options.quick else SHAPES:
         for row in measure(options, d_model, d_ff):
             found.append(row)
@@ -151,6 +154,7 @@ def main(options: argparse.Namespace) -> None:
                 f"{row['method']:12} {f'{d_model} x {d_ff}':>12} {row['moved_bytes'] / 2**20:>5.0f} MiB "
                 f"{1e3 * row['seconds']:>6.1f} ms {row['bandwidth'] / 1e9:>7.2f} {row['copy_bandwidth'] / 1e9:>7.2f} "
                 f"{row['first_touch_bandwidth'] / 1e9:>12.2f} {row['share_of_copy']:>14.0%} "
+                f"{row['share_of_bound']:>9.0%} "
                 f"{row['extra_over_output']:>7.2f}"
             )
     if options.out:

@@ -146,21 +146,36 @@ def weighted_average(
                 source = tensor[expert]
                 if axis is not None and permutation_EF is not None:
                     source = source.index_select(axis - 1, permutation_EF[expert].to(source.device))
-                # While the expert is in cache for the sum: another pass for this would double the traffic.
-                if not all(torch.isfinite(limit) for limit in torch.aminmax(source)):
-                    weights.require_finite(layer)
                 if len(members) == 1:
                     target.copy_(source)
-                elif place == 0:
-                    # Not torch.mul(out=), which rounds to the type of its input first.
-                    target.copy_(source).mul_(share[expert])
-                else:
+                elif place > 0:
                     target.add_(source, alpha=share[expert])
+                elif scratch is None:
+                    torch.mul(source, share[expert], out=target)
+                else:
+                    # torch.mul would round to the type of its input first.
+                    target.copy_(source).mul_(share[expert])
+            # Nothing turns a NaN or an infinity finite again, not even a share of zero, so the experts need no pass of
+            # their own.
+            if not _finite(target):
+                weights.require_finite(layer)
             if target is scratch:
                 made[group].copy_(target)
         return made
 
     return weights.map(average)
+
+
+def require_finite(weights: ExpertWeights, layer: LayerId) -> None:
+    """``ExpertWeights.require_finite`` at the speed of reading, for weights that are used whole anyway."""
+    if not all(_finite(expert) for tensor in weights.tensors.values() for expert in tensor):
+        weights.require_finite(layer)
+
+
+def _finite(tensor: Tensor) -> bool:
+    # Extremes carry every NaN and infinity, and make no mask of the tensor's size on the way.
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def check_per_expert(layer: LayerId, what: str, values_E: Tensor, experts: int) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from mcsmoe.merge.base import Merged, MergeInputs, grouping_members
+from mcsmoe.merge.base import Merged, MergeInputs, grouping_members, require_finite
 from mcsmoe.types import ExpertWeights
 
-_CHUNK = 2**18
+_CHUNK = 2**20  # elements at once: bounds what is held beside the merged experts
 
 
 class FisherMean:
@@ -58,7 +60,7 @@ def fisher(inputs: MergeInputs) -> Merged:
     information = inputs.fisher
     if information is None:
         raise ValueError(f"layer {inputs.layer!r}: Fisher merging needs Fisher information; collect gradients first")
-    inputs.weights.require_finite(inputs.layer)
+    require_finite(inputs.weights, inputs.layer)
     _check(information, inputs.layer)
     members_G = grouping_members(inputs.grouping)
     share_E = torch.zeros(inputs.weights.num_experts, dtype=torch.float64)
@@ -78,23 +80,39 @@ def fisher(inputs: MergeInputs) -> Merged:
                 continue
             for start in range(0, flat_EP.shape[1], _CHUNK):
                 span = slice(start, start + _CHUNK)
-                # Squared gradients go down to the smallest floats, where a product with a weight would vanish.
-                part_MP = fisher_EP[members, span].double()
-                total_P = part_MP.sum(dim=0)
-                part_MP = torch.where(total_P > 0, part_MP / total_P, 1.0 / len(members))
-                flat_GP[group, span] = (part_MP * flat_EP[members, span]).sum(dim=0).to(tensor.dtype)
-                share_E[members] += part_MP.sum(dim=1).cpu() / elements
+                mean_P, part_M = _quotient(fisher_EP[:, span], flat_EP[:, span], members.tolist())
+                flat_GP[group, span] = mean_P
+                share_E[members] += part_M / elements
         return made
 
     merged = inputs.weights.map(average)
     return Merged(merged, inputs.grouping.expert_to_group.clone(), share_E, inputs.grouping.dominant.clone())
 
 
+def _quotient(fisher_EP: Tensor, weights_EP: Tensor, members: list[int]) -> tuple[Tensor, Tensor]:
+    """[P] weighted mean of the members, and [M] the sum over P of the part each has in it."""
+    total_P = torch.zeros_like(fisher_EP[0], dtype=torch.float32)
+    for member in members:
+        total_P.add_(fisher_EP[member])
+    none_P = total_P == 0
+    silent = bool(none_P.any())
+    if silent:
+        total_P.masked_fill_(none_P, 1.0)
+    mean_P, parts = torch.zeros_like(total_P), []
+    for member in members:
+        # Divided first: squared gradients go down to the smallest floats, where a product with a weight would vanish.
+        part_P = fisher_EP[member] / total_P
+        if silent:
+            part_P.masked_fill_(none_P, 1.0 / len(members))
+        mean_P.addcmul_(part_P, weights_EP[member])
+        parts.append(part_P.sum(dtype=torch.float64))
+    return mean_P, torch.stack(parts).cpu()
+
+
 def _check(information: ExpertWeights, layer: str) -> None:
     for name, tensor in information.tensors.items():
-        low_E, high_E = torch.aminmax(tensor.flatten(1), dim=1)
-        bad_E = ~torch.isfinite(low_E) | ~torch.isfinite(high_E) | (low_E < 0)
-        if bad_E.any():
-            expert = int(bad_E.nonzero()[0])
-            value = float(low_E[expert]) if float(low_E[expert]) < 0 else float(high_E[expert])
-            raise ValueError(f"layer {layer!r}: Fisher information of {name!r} of expert {expert} contains {value}")
+        for expert, fisher in enumerate(tensor):
+            low, high = (float(limit) for limit in torch.aminmax(fisher))
+            if low < 0 or not (math.isfinite(low) and math.isfinite(high)):
+                value = low if low < 0 else high
+                raise ValueError(f"layer {layer!r}: Fisher information of {name!r} of expert {expert} contains {value}")

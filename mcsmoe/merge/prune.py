@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from mcsmoe.merge.base import Merged, MergeInputs
+from mcsmoe.merge.base import Merged, MergeInputs, require_finite
 from mcsmoe.types import Grouping
 
 
 def keep(inputs: MergeInputs, grouping: Grouping, drop: bool) -> Merged:
     """The dominant expert of each group of ``grouping``, bit by bit; the others' share is zero."""
-    inputs.weights.require_finite(inputs.layer)
+    require_finite(inputs.weights, inputs.layer)
     kept = inputs.weights.select(grouping.dominant)
     share_E = torch.zeros(inputs.weights.num_experts, dtype=torch.float64)
     share_E[grouping.dominant] = 1.0

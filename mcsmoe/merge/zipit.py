@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mcsmoe.align import correlation, hidden
-from mcsmoe.merge.base import Merged, MergeInputs, grouping_members, shares
+from mcsmoe.merge.base import Merged, MergeInputs, grouping_members, require_finite, shares
 from mcsmoe.types import ExpertWeights, Role
 
 ALPHA = 0.1
@@ -181,7 +181,7 @@ def zip_weights(weights: ExpertWeights, slot_N: Tensor, share_E: Tensor) -> Expe
 
 
 def _merge(inputs: MergeInputs, by_activation: bool) -> Merged:
-    inputs.weights.require_finite(inputs.layer)
+    require_finite(inputs.weights, inputs.layer)
     grouping = inputs.grouping
     share_E = shares(grouping, torch.ones(grouping.num_experts))
     made = inputs.weights.select(grouping.dominant)
