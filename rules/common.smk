@@ -161,7 +161,7 @@ def pretraining_options(wildcards):
     model = CONFIG["model"]
     parts = [
         {"architecture": json.dumps(model["architecture"], sort_keys=True)},
-        model["tokenizer"],
+        {"near_heads": model["near_heads"], **model["tokenizer"]},
         CONFIG["pretrain"],
     ]
     return " ".join(

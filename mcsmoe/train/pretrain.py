@@ -21,9 +21,12 @@ _NEAR, _FAR = 2.0, 8.0  # logits a neighbour's head loses per position, and at m
 
 
 def build_switch(
-    architecture: dict[str, Any], vocab_size: int, seed: int
+    architecture: dict[str, Any], vocab_size: int, seed: int, near_heads: bool = True
 ) -> SwitchTransformersForConditionalGeneration:
-    """A Switch Transformer with random weights; ``architecture`` holds fields of its configuration class."""
+    """A Switch Transformer with random weights; ``architecture`` holds fields of its configuration class.
+
+    With ``near_heads`` its attention heads start at different ranges, the nearest at the neighbours.
+    """
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
     config = SwitchTransformersConfig(
@@ -31,7 +34,8 @@ def build_switch(
     )
     torch.manual_seed(seed)
     model = SwitchTransformersForConditionalGeneration(config)
-    _look_near(model)
+    if near_heads:
+        _look_near(model)
     return model
 
 
