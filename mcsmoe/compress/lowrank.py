@@ -14,7 +14,7 @@ from mcsmoe.types import LowRankFactors
 
 _EXACT_BELOW = 96  # smaller side up to which the full decomposition is cheap enough
 _EXTRA = 8  # directions carried beyond the rank, so that a refinement may choose between near-ties
-_RESOLVED = 1e-3  # share of the largest eigenvalue above which float32 tells eigenvectors from rounding
+_RESOLVED = 3e-4  # share of the largest eigenvalue above which float32 tells eigenvectors from rounding
 _GRAM_BLOCKS = 4
 
 
@@ -55,7 +55,7 @@ def _gram(tall_GMm: Tensor) -> Tensor:
 
 
 def _top_eigen(gram_Gmm: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest eigenvalues [G, count], descending, and eigenvectors [G, m, count]; lower triangle given."""
+    """The ``count`` largest eigenvalues [G, count], descending, and eigenvectors [G, m, count]; overwrites the lower triangle."""
     size = gram_Gmm.shape[1]
     if gram_Gmm.device.type != "cpu" or 2 * count > size:
         value_Gm, vector_Gmm = torch.linalg.eigh(gram_Gmm, UPLO="L")
@@ -65,11 +65,10 @@ def _top_eigen(gram_Gmm: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     # LAPACK computes a part of the eigenvectors in less than half the time of all; torch offers all only. One thread:
     # the reduction is bound by memory, and threads that wait for each other on a busy machine make it far slower.
+    wanted = {"subset_by_index": [size - count, size - 1], "driver": "evr"}
     with threadpool_limits(1, user_api="blas"):
-        found = [
-            eigh(gram, subset_by_index=[size - count, size - 1], driver="evr", check_finite=False)
-            for gram in gram_Gmm.numpy()
-        ]
+        # The transposed view has LAPACK's own order of memory, so that nothing is copied; its triangle is the upper.
+        found = [eigh(gram.T, lower=False, overwrite_a=True, check_finite=False, **wanted) for gram in gram_Gmm.numpy()]
     value_Gb = torch.stack([torch.from_numpy(value) for value, _ in found])
     vector_Gmb = torch.stack([torch.from_numpy(vector) for _, vector in found])
     return value_Gb.flip(1), vector_Gmb.flip(2)
