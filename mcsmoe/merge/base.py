@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mcsmoe.align import is_finite
 from mcsmoe.types import ExpertActivation, ExpertWeights, Grouping, LayerId, RouterWeights
 
 if TYPE_CHECKING:
@@ -157,25 +158,13 @@ def weighted_average(
                     target.copy_(source).mul_(share[expert])
             # Nothing turns a NaN or an infinity finite again, not even a share of zero, so the experts need no pass of
             # their own.
-            if not _finite(target):
+            if not is_finite(target):
                 weights.require_finite(layer)
             if target is scratch:
                 made[group].copy_(target)
         return made
 
     return weights.map(average)
-
-
-def require_finite(weights: ExpertWeights, layer: LayerId) -> None:
-    """``ExpertWeights.require_finite`` at the speed of reading, for weights that are used whole anyway."""
-    if not all(_finite(expert) for tensor in weights.tensors.values() for expert in tensor):
-        weights.require_finite(layer)
-
-
-def _finite(tensor: Tensor) -> bool:
-    # Extremes carry every NaN and infinity, and make no mask of the tensor's size on the way.
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def check_per_expert(layer: LayerId, what: str, values_E: Tensor, experts: int) -> None:

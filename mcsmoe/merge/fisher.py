@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from mcsmoe.merge.base import Merged, MergeInputs, grouping_members, require_finite
+from mcsmoe.align import require_finite
+from mcsmoe.merge.base import Merged, MergeInputs, grouping_members
 from mcsmoe.types import ExpertWeights
 
 _CHUNK = 2**20  # elements at once: bounds what is held beside the merged experts

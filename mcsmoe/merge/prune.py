@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mcsmoe.merge.base import Merged, MergeInputs, require_finite
+from mcsmoe.align import require_finite
+from mcsmoe.merge.base import Merged, MergeInputs
 from mcsmoe.types import Grouping
 
 

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mcsmoe.align import correlation, hidden
-from mcsmoe.merge.base import Merged, MergeInputs, grouping_members, require_finite, shares
+from mcsmoe.align import correlation, hidden, require_finite
+from mcsmoe.merge.base import Merged, MergeInputs, grouping_members, shares
 from mcsmoe.types import ExpertWeights, Role
 
 ALPHA = 0.1
