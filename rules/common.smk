@@ -161,7 +161,8 @@ def pretraining_options(wildcards):
     model = CONFIG["model"]
     parts = [
         {"architecture": json.dumps(model["architecture"], sort_keys=True)},
-        {"near_heads": model["near_heads"], **model["tokenizer"]},
+        {key: model[key] for key in ("near_heads", "residual_scale")},
+        model["tokenizer"],
         CONFIG["pretrain"],
     ]
     return " ".join(

@@ -71,3 +71,17 @@ def test_heads_of_a_new_model_start_at_the_neighbours() -> None:
 def test_the_same_seed_builds_the_same_model() -> None:
     one, two = (build_switch(ARCHITECTURE, 99, seed=3).state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_smaller_residual_stream_computes_the_same_function() -> None:
+    inputs = {
+        "input_ids": torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(0)),
+        "labels": torch.randint(3, 99, (2, 5), generator=torch.Generator().manual_seed(1)),
+    }
+    logits = []
+    for scale in (1.0, 0.1):
+        model = build_switch({**ARCHITECTURE, "layer_norm_epsilon": 1e-12}, 99, seed=0, residual_scale=scale).eval()
+        with torch.no_grad():
+            logits.append(model(**inputs).logits)
+        assert float(model.shared.weight.std()) == pytest.approx(scale, rel=0.1)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)

@@ -27,6 +27,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="written: checkpoint folder")
     parser.add_argument("--training", type=Path, required=True, help="written: training curve")
     parser.add_argument("--state", type=Path, required=True, help="folder of the state to resume from")
+    scale = section("model")["residual_scale"]
+    parser.add_argument("--residual-scale", type=float, default=scale["default"], help=scale["description"])
     near = section("model")["near_heads"]
     parser.add_argument(
         "--near-heads", action=argparse.BooleanOptionalAction, default=near["default"], help=near["description"]
@@ -88,7 +90,7 @@ def build(arguments: argparse.Namespace) -> None:
     architecture = fill(arguments.architecture, section("model")["architecture"])
     corpus = texts(arguments)
     tokenizer = train_tokenizer(corpus, arguments.vocab_size, arguments.sentinels, arguments.lowercase)
-    model = build_switch(architecture, len(tokenizer), arguments.seed, arguments.near_heads)
+    model = build_switch(architecture, len(tokenizer), arguments.seed, arguments.near_heads, arguments.residual_scale)
     order = np.random.default_rng(arguments.seed).permutation(len(corpus))
     encoded = tokenizer([corpus[place] for place in order], add_special_tokens=True)["input_ids"]
     stream = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])

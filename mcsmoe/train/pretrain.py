@@ -21,11 +21,12 @@ _NEAR, _FAR = 2.0, 8.0  # logits a neighbour's head loses per position, and at m
 
 
 def build_switch(
-    architecture: dict[str, Any], vocab_size: int, seed: int, near_heads: bool = True
+    architecture: dict[str, Any], vocab_size: int, seed: int, near_heads: bool = True, residual_scale: float = 1.0
 ) -> SwitchTransformersForConditionalGeneration:
     """A Switch Transformer with random weights; ``architecture`` holds fields of its configuration class.
 
-    With ``near_heads`` its attention heads start at different ranges, the nearest at the neighbours.
+    With ``near_heads`` its attention heads start at different ranges, the nearest at the neighbours. ``residual_scale`` is
+    the size of what blocks read and write, relative to the library's start; the function computed stays the same.
     """
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
@@ -36,7 +37,23 @@ def build_switch(
     model = SwitchTransformersForConditionalGeneration(config)
     if near_heads:
         _look_near(model)
+    _scale_residual(model, residual_scale)
     return model
+
+
+@torch.no_grad()
+def _scale_residual(model: SwitchTransformersForConditionalGeneration, scale: float) -> None:
+    """Make everything that is added up in the residual stream smaller by ``scale``, and the last norm make up for it.
+
+    The library starts embeddings with a deviation of 1. AdamW moves each entry by about a learning rate a step, so a rare
+    word never leaves its random start, which then acts as noise on unseen text. Norms at the entry of every layer
+    undo the scale, so the function is unchanged and only how fast it is learnt differs.
+    """
+    model.shared.weight.mul_(scale)
+    model.decoder.final_layer_norm.weight.div_(scale)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".o.weight", ".wo.weight")):
+            parameter.mul_(scale)
 
 
 @torch.no_grad()
