@@ -16,6 +16,7 @@ from mcsmoe.calibrate import expert_tensors, load_statistics, load_tensors
 from mcsmoe.compress.lowrank import decompose, decompose_whitened
 from mcsmoe.grouping import from_labels
 from mcsmoe.merge import METHODS, MergeInputs, shares
+from mcsmoe.merge.average import random_importance
 from mcsmoe.routing import LayerStatistics, RoutingStatistics
 from mcsmoe.similarity import SimilarityInputs, similarity
 from mcsmoe.types import ExpertActivation, ExpertWeights, Grouping, LayerId, LowRankFactors, Role
@@ -271,7 +272,7 @@ def similarity_frame(base: str, similarities: Mapping[LayerId, Tensor]) -> pd.Da
     return _frame(rows, "similarity")
 
 
-def groups_frame(groupings: Mapping[LayerId, Grouping], evidence: Evidence, merge: str) -> pd.DataFrame:
+def groups_frame(groupings: Mapping[LayerId, Grouping], evidence: Evidence, merge: str, seed: int) -> pd.DataFrame:
     """Table ``groups``; weights are those that ``merge`` gives whole experts (frequency where it weighs elements)."""
     rows = []
     for layer, grouping in groupings.items():
@@ -283,6 +284,10 @@ def groups_frame(groupings: Mapping[LayerId, Grouping], evidence: Evidence, merg
             weighed_E = torch.ones_like(frequency_E)
         elif merge in ("prune", "drop", "reap"):
             weighed_E = leads_E.to(frequency_E)
+        elif merge == "reversed":
+            weighed_E = 1 - frequency_E
+        elif merge == "random":
+            weighed_E = random_importance(grouping.num_experts, seed, layer)
         share_E = shares(grouping, weighed_E)
         rows += [
             {

@@ -62,7 +62,7 @@ def main(arguments: argparse.Namespace) -> None:
         excluded=arguments.exclude_layers,
     )
     write_table(arguments.similarity_table, transform.similarity_frame(arguments.similarity, similarity), "similarity")
-    frame = transform.groups_frame(groupings, evidence, arguments.merge)
+    frame = transform.groups_frame(groupings, evidence, arguments.merge, arguments.seed)
     write_table(arguments.groups, frame, "groups")
     for layer, grouping in groupings.items():
         console.log.info("%s: %d experts in %d groups", layer, grouping.num_experts, grouping.num_groups)
