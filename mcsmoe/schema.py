@@ -27,7 +27,7 @@ def _flat(node: dict[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any
     for reference in parts:
         shared = _flat(definitions[reference.rpartition("/")[2]], definitions)
         own = made.get("properties", {})
-        made = {**shared, **made, "properties": {**own, **shared["properties"]}}
+        made = {**shared, **made, "properties": {**shared["properties"], **own}}
     if isinstance(made.get("properties"), dict):
         made["properties"] = {name: _flat(part, definitions) for name, part in made["properties"].items()}
     if isinstance(made.get("additionalProperties"), dict):
