@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mcsmoe.compress.residual as residual_module
 from mcsmoe.compress.residual import KeptSchedule, ResidualPruner, kept_rows
 
 
@@ -155,6 +156,20 @@ def test_pruning_follows_the_definition_over_many_steps() -> None:
     rows_left = {name: (residual != 0).any(dim=2).sum(dim=1).tolist() for name, residual in residuals.items()}
     assert pruner.kept_rows() == rows_left
     assert 24 <= 4 * sum(rows_left["a"]) + 6 * sum(rows_left["b"]) < 24 + 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cached", [1, 8, 20, 2**17])
+def test_importance_does_not_depend_on_how_many_rows_are_taken_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, cached: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(residual_module, "_CACHED", cached)
+    residual = nn.Parameter(matrices(3, 5, 4).to(dtype))
+    residual.grad = matrices(3, 5, 4, seed=7).to(dtype)
+    pruner = pruner_of({"a": residual}, Constant(0.5))
+    pruner.observe()
+    expected = 0.15 * (residual.detach().float() * residual.grad.float()).abs().mean(dim=2)
+    assert torch.allclose(pruner.state_dict()["a"], expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
 def test_defect_lag() -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_CACHED = 2**17  # entries of a product that are summed at a time on a CPU
+
 
 @dataclass(frozen=True)
 class KeptSchedule:
@@ -96,6 +98,22 @@ def kept_rows(scores: Mapping[str, Tensor], widths: Mapping[str, int], fraction:
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 
+def _row_sums(weight_Goi: Tensor, gradient_Goi: Tensor) -> Tensor:
+    """[G, o] float32: sum of |weight * gradient| over each row."""
+    weight_Ni, gradient_Ni = weight_Goi.flatten(0, 1), gradient_Goi.flatten(0, 1)
+    rows, inner = weight_Ni.shape
+    # On a CPU the product of a few rows stays in its cache; the whole product would go through memory three times.
+    step = rows if weight_Ni.device.type != "cpu" else max(1, _CACHED // inner)
+    product_ni = weight_Ni.new_empty(min(step, rows), inner)
+    sum_N = weight_Ni.new_empty(rows, dtype=torch.float32)
+    for start in range(0, rows, step):
+        here = slice(start, min(start + step, rows))
+        product = product_ni[: here.stop - start]
+        torch.mul(weight_Ni[here], gradient_Ni[here], out=product).abs_()
+        torch.sum(product, dim=1, dtype=torch.float32, out=sum_N[here])
+    return sum_N.view(weight_Goi.shape[:2])
+
+
 class ResidualPruner:
     """Prunes rows of residuals along a schedule; called once a step at two places.
 
@@ -135,7 +153,7 @@ class ResidualPruner:
         for name, residual in self.residuals.items():
             score_Go = self.scores[name].mul_(self.smoothing)
             if residual.grad is not None:
-                sum_Go = torch.linalg.vector_norm(residual * residual.grad, 1, dim=2, dtype=torch.float32)
+                sum_Go = _row_sums(residual, residual.grad)
                 # Scaled half-precision gradients overflow now and then; the optimiser skips those steps as well.
                 sum_Go.nan_to_num_(nan=0.0, posinf=0.0)
                 score_Go.add_(sum_Go, alpha=(1.0 - self.smoothing) / self._widths[name])
