@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,8 +15,12 @@ from mcsmoe.adapters.base import Adapter
 from mcsmoe.artefacts import atomic_file
 from mcsmoe.console import progress
 from mcsmoe.routing import RoutingStatistics
+from mcsmoe.tables import frame_of
 from mcsmoe.train.losses import cross_entropy_sum
 from mcsmoe.types import ExpertWeights, LayerId
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Batch = dict[str, Tensor]
 _INPUTS = ("input_ids", "attention_mask", "labels")
@@ -103,6 +108,23 @@ def _add(
     else:
         for name, tensor in found.tensors.items():
             kept[layer].tensors[name] += change(tensor)
+
+
+def routing_frame(statistics: RoutingStatistics) -> pd.DataFrame:
+    """Table ``routing``."""
+    rows = [
+        {
+            "layer": layer,
+            "expert": expert,
+            "tokens": int(found.computed_E[expert]),
+            "frequency": float(found.frequency_E[expert]),
+            "router_probability": float(found.probability_E[expert]),
+            "dropped": int(found.dropped_E[expert]),
+        }
+        for layer, found in statistics.layers.items()
+        for expert in range(len(found.computed_E))
+    ]
+    return frame_of(rows, "routing")
 
 
 # -- files -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcsmoe import checkpoint, cli_text, compact, export, modules, transform
+from mcsmoe import checkpoint, cli_text, compact, export, modules
 from mcsmoe.align import apply_permutation
 from mcsmoe.calibrate import load_statistics, save_tensors
 from mcsmoe.console import log, progress
@@ -22,6 +22,11 @@ from mcsmoe.routing import RoutingStatistics
 from mcsmoe.similarity import BASES
 from mcsmoe.streaming import Streamed
 from mcsmoe.tables import read_table, write_table
+from mcsmoe.transform.compress import input_grams, split_experts
+from mcsmoe.transform.evidence import Evidence
+from mcsmoe.transform.group import groups_frame, importance, layer_similarity
+from mcsmoe.transform.merge import merge_layer
+from mcsmoe.transform.permute import align_layer
 from mcsmoe.types import ExpertWeights, LayerId
 
 GROUPS = "groups.parquet"
@@ -91,11 +96,11 @@ def merge(arguments: argparse.Namespace) -> None:
     found = _statistics(source, arguments, saliency=arguments.method == "reap")
     if arguments.method == "reap" and not all(bool(one.saliency_tokens_E.any()) for one in found.layers.values()):
         raise ValueError("--method reap needs the experts' saliency, which --statistics has not; give --calibration")
-    merger = _Merger(source, arguments, transform.Evidence(found, {}, {}))
+    merger = _Merger(source, arguments, Evidence(found, {}, {}))
     merger.group()
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
     provenance = {"stage": "merge", "tool": "mcsmoe merge", "settings": settings, "parent": source.digest}
-    frame = transform.groups_frame(merger.groupings, merger.evidence, arguments.method)
+    frame = groups_frame(merger.groupings, merger.evidence, arguments.method, arguments.seed)
     source.rewrite(
         arguments.out,
         merger.merge,
@@ -112,7 +117,7 @@ _SETTINGS = ("experts", "similarity", "grouping", "budget", "alignment", "method
 class _Merger:
     """One layer at a time: similarity first, since a budget over all layers needs them all, then the merge."""
 
-    def __init__(self, source: Streamed, arguments: argparse.Namespace, evidence: transform.Evidence) -> None:
+    def __init__(self, source: Streamed, arguments: argparse.Namespace, evidence: Evidence) -> None:
         self.source, self.arguments, self.evidence = source, arguments, evidence
         self.groupings: dict[LayerId, Any] = {}
         self._permutations: dict[LayerId, Tensor] = {}
@@ -129,7 +134,7 @@ class _Merger:
                     self._align(layer)
                 similarity[layer] = self._similarity(layer)
         self.groupings = plan(
-            {layer: transform.importance(self.evidence.layer(layer), arguments.method) for layer in source.layers},
+            {layer: importance(self.evidence.layer(layer), arguments.method) for layer in source.layers},
             similarity,
             arguments.experts,
             method=arguments.grouping,
@@ -142,7 +147,7 @@ class _Merger:
 
     def _similarity(self, layer: LayerId) -> Tensor:
         source, arguments = self.source, self.arguments
-        return transform.layer_similarity(
+        return layer_similarity(
             source.model, source.adapter, layer, arguments.similarity, self.evidence, arguments.seed
         )
 
@@ -154,7 +159,7 @@ class _Merger:
         weights = adapter.read_experts(model, layer)
         if layer not in self._permutations:
             reference_E = torch.zeros(weights.num_experts, dtype=torch.int64)
-            found = transform.align_layer(
+            found = align_layer(
                 *(weights, reference_E, how, self.evidence.layer(layer), adapter.activation(model, layer)),
                 workers=self.arguments.threads,
                 layer=layer,
@@ -168,7 +173,7 @@ class _Merger:
         if grouping.num_groups == grouping.num_experts:
             return
         self._align(layer)
-        transform.merge_layer(
+        merge_layer(
             *(self.source.model, self.source.adapter, layer, grouping, self.arguments.method, self.evidence),
             alignment=self.arguments.alignment,
             seed=self.arguments.seed,
@@ -228,8 +233,8 @@ def _compress_layer(
     grams: dict[str, Tensor] = {}
     if statistics is not None:
         weights, table = adapter.read_experts(model, layer), adapter.expert_to_group(model, layer)
-        grams = transform.input_grams(weights, table, statistics.layers[layer], adapter.activation(model, layer))
-    transform.split_experts(model, adapter, rank, statistics, [layer])
+        grams = input_grams(weights, table, statistics.layers[layer], adapter.activation(model, layer))
+    split_experts(model, adapter, rank, statistics, [layer])
     for module in model.get_submodule(layer).modules():
         if not isinstance(module, RedirectedExperts):
             continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -160,6 +162,11 @@ MEASURED = (
 def empty(name: str) -> pd.DataFrame:
     """An empty table with the columns of schema ``name``."""
     return SCHEMAS[name].empty_table().to_pandas()
+
+
+def frame_of(rows: Sequence[Mapping[str, Any]], name: str) -> pd.DataFrame:
+    """Rows as a frame with the columns of schema ``name``."""
+    return pd.DataFrame(list(rows), columns=SCHEMAS[name].names)
 
 
 def write_table(path: str | Path, frame: pd.DataFrame, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,16 @@ import torch
 from tiny_switch import batch, logits, model
 
 import mcsmoe
-from mcsmoe import checkpoint, cli, transform
+from mcsmoe import align, checkpoint, cli
 from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.calibrate import load_statistics
 from mcsmoe.grouping import plan
 from mcsmoe.streaming import Streamed
 from mcsmoe.tables import read_table
+from mcsmoe.transform.evidence import Evidence
+from mcsmoe.transform.group import importance, layer_similarity
+from mcsmoe.transform.merge import merge_layer
+from mcsmoe.transform.permute import align_layer
 
 
 def rows(count: int = 24) -> list[dict[str, Any]]:
@@ -101,24 +106,22 @@ def test_merging_gives_what_the_stages_give_in_memory(options: tuple[str, ...], 
     given = dict(zip(options[::2], options[1::2], strict=True))
     made = mcsmoe.load(full)
     adapter = adapter_for(made)
-    evidence = transform.Evidence(load_statistics(statistics), {}, {})
+    evidence = Evidence(load_statistics(statistics), {}, {})
     alignment = given.get("--alignment", "weight")
     method = given.get("--method", "frequency")
     if alignment == "weight":
         for layer in adapter.layers(made):
             weights = adapter.read_experts(made, layer)
-            found = transform.align_layer(
+            found = align_layer(
                 weights, torch.zeros(6, dtype=torch.int64), "weight", None, adapter.activation(made, layer)
             )
             moved = weights.map(lambda name, t: t)  # a copy of the structure
-            moved = transform.align.apply_permutation(moved, found.permutation_EF, layer)
+            moved = align.apply_permutation(moved, found.permutation_EF, layer)
             adapter.write_experts(made, layer, moved)
     base = given.get("--similarity", "router-logits")
-    similarity = {
-        layer: transform.layer_similarity(made, adapter, layer, base, evidence, 0) for layer in adapter.layers(made)
-    }
+    similarity = {layer: layer_similarity(made, adapter, layer, base, evidence, 0) for layer in adapter.layers(made)}
     groupings = plan(
-        {layer: transform.importance(evidence.layer(layer), method) for layer in adapter.layers(made)},
+        {layer: importance(evidence.layer(layer), method) for layer in adapter.layers(made)},
         similarity,
         3,
         method=given.get("--grouping", "dominant"),
@@ -126,7 +129,7 @@ def test_merging_gives_what_the_stages_give_in_memory(options: tuple[str, ...], 
     )
     for layer, grouping in groupings.items():
         if grouping.num_groups < 6:
-            transform.merge_layer(made, adapter, layer, grouping, method, evidence, alignment)
+            merge_layer(made, adapter, layer, grouping, method, evidence, alignment)
     back = mcsmoe.load(tmp_path / "merged")
     assert torch.equal(logits(back, batch()), logits(made, batch()))
     table = read_table(tmp_path / "merged" / "groups.parquet", "groups")
@@ -286,7 +289,8 @@ from mcsmoe import checkpoint, cli
 from mcsmoe.evaluate.cost import peak_memory
 
 place = Path(sys.argv[1])
-blocks = {"num_layers": 8, "num_decoder_layers": 8, "num_sparse_encoder_layers": 8, "num_sparse_decoder_layers": 8}
+blocks = {name: 12 for name in
+    ("num_layers", "num_decoder_layers", "num_sparse_encoder_layers", "num_sparse_decoder_layers")}
 
 def make(name, **shape):
     with no_init_weights():
@@ -311,13 +315,15 @@ else:
 
 
 def test_peak_memory_is_that_of_a_layer_not_of_the_model(tmp_path: Path) -> None:
-    """A model of 300 MB, 19 MB a layer, is calibrated on, merged and compressed in 100 MB more than a tiny one."""
+    """A model of 460 MB, 19 MB a layer, is calibrated on, merged and compressed in 150 MB more than a tiny one."""
     tokens = tmp_path / "tokens.jsonl"
     tokens.write_text("\n".join(json.dumps(row) for row in rows()))
 
     def python(words: str) -> str:
         line = [sys.executable, "-c", _MEASURE, str(tmp_path), words]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        # What the allocator keeps for later is not what the program holds: let it give freed memory back at once.
+        environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536")
+        done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
@@ -327,4 +333,5 @@ def test_peak_memory_is_that_of_a_layer_not_of_the_model(tmp_path: Path) -> None
     merging = ["merge", full, "--calibration", str(tokens), "--experts", "4", "--alignment", "none", "--out", merged]
     for words in (merging, ["compress", merged, "--rank", "8", "--out", out]):
         used = float(python(json.dumps(words)).split()[-1])
-        assert used < 100 < size / 3, (words[0], used, size)
+        print(words[0], used, size)
+        assert used < 150 < size / 3, (words[0], used, size)

@@ -37,7 +37,6 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.device import pick
     from mcsmoe.routing import RoutingStatistics
     from mcsmoe.tables import read_table, write_table
-    from mcsmoe.transform import routing_frame
 
     torch.set_num_threads(arguments.threads)
     model = checkpoint.load(arguments.model, device=pick(arguments.device))
@@ -50,7 +49,7 @@ def main(arguments: argparse.Namespace) -> None:
         RoutingStatistics(reservoir=arguments.reservoir, whiten=arguments.whiten, seed=arguments.seed),
         saliency=arguments.saliency,
     )
-    write_table(arguments.table, routing_frame(statistics), "routing")
+    write_table(arguments.table, calibrate.routing_frame(statistics), "routing")
     calibrate.save_tensors(arguments.statistics, statistics.tensors())
 
 

@@ -30,7 +30,7 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.compress.residual import KeptSchedule, ResidualPruner
     from mcsmoe.train.objectives import RecoveryObjective, freeze_routers
     from mcsmoe.train.stages import Job, teacher_of, total_steps
-    from mcsmoe.transform import split_experts
+    from mcsmoe.transform.compress import split_experts
 
     job = Job.of(arguments, "compress")
     settings = job.settings

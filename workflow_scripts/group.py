@@ -35,23 +35,25 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     import torch
 
-    from mcsmoe import checkpoint, transform
+    from mcsmoe import checkpoint
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.grouping import plan
     from mcsmoe.tables import write_table
+    from mcsmoe.transform.evidence import Evidence
+    from mcsmoe.transform.group import groups_frame, importance, layer_similarity, similarity_frame
 
     torch.set_num_threads(arguments.threads)
     model = checkpoint.load(arguments.model)
     adapter = adapter_for(model)
-    evidence = transform.Evidence.read(arguments.routing, arguments.gradients, arguments.permutation)
+    evidence = Evidence.read(arguments.routing, arguments.gradients, arguments.permutation)
     layers = adapter.layers(model)
     similarity = {
-        layer: transform.layer_similarity(model, adapter, layer, arguments.similarity, evidence, arguments.seed)
+        layer: layer_similarity(model, adapter, layer, arguments.similarity, evidence, arguments.seed)
         for layer in console.progress(layers, "similarity")
     }
-    importance = {layer: transform.importance(evidence.layer(layer), arguments.merge) for layer in layers}
+    importances = {layer: importance(evidence.layer(layer), arguments.merge) for layer in layers}
     groupings = plan(
-        importance,
+        importances,
         similarity,
         arguments.experts,
         method=arguments.grouping,
@@ -61,8 +63,8 @@ def main(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         excluded=arguments.exclude_layers,
     )
-    write_table(arguments.similarity_table, transform.similarity_frame(arguments.similarity, similarity), "similarity")
-    frame = transform.groups_frame(groupings, evidence, arguments.merge, arguments.seed)
+    write_table(arguments.similarity_table, similarity_frame(arguments.similarity, similarity), "similarity")
+    frame = groups_frame(groupings, evidence, arguments.merge, arguments.seed)
     write_table(arguments.groups, frame, "groups")
     for layer, grouping in groupings.items():
         console.log.info("%s: %d experts in %d groups", layer, grouping.num_experts, grouping.num_groups)

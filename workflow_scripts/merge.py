@@ -31,20 +31,22 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     import torch
 
-    from mcsmoe import checkpoint, transform
+    from mcsmoe import checkpoint
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.artefacts import digest_directory
     from mcsmoe.tables import read_table
+    from mcsmoe.transform.evidence import Evidence
+    from mcsmoe.transform.merge import groupings_of, merge_layer
 
     torch.set_num_threads(arguments.threads)
     model = checkpoint.load(arguments.model)
     adapter = adapter_for(model)
-    evidence = transform.Evidence.read(arguments.routing, arguments.gradients, arguments.permutation)
-    groupings = transform.groupings_of(read_table(arguments.groups, "groups"), adapter.layers(model))
+    evidence = Evidence.read(arguments.routing, arguments.gradients, arguments.permutation)
+    groupings = groupings_of(read_table(arguments.groups, "groups"), adapter.layers(model))
     for layer, grouping in console.progress(groupings.items(), "merge", total=len(groupings)):
         if grouping.num_groups == grouping.num_experts:
             continue
-        transform.merge_layer(
+        merge_layer(
             *(model, adapter, layer, grouping, arguments.merge, evidence),
             alignment=arguments.alignment,
             seed=arguments.seed,

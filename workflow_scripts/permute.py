@@ -24,11 +24,12 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     import torch
 
-    from mcsmoe import checkpoint, transform
+    from mcsmoe import checkpoint
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.align import apply_permutation
     from mcsmoe.calibrate import load_statistics
     from mcsmoe.tables import write_table
+    from mcsmoe.transform.permute import align_layer, permutation_frame
 
     torch.set_num_threads(arguments.threads)
     model = checkpoint.load(arguments.model)
@@ -39,7 +40,7 @@ def main(arguments: argparse.Namespace) -> None:
         weights = adapter.read_experts(model, layer)
         weights.require_finite(layer)
         reference_E = torch.zeros(weights.num_experts, dtype=torch.int64)
-        alignments[layer] = transform.align_layer(
+        alignments[layer] = align_layer(
             weights,
             reference_E,
             arguments.alignment,
@@ -48,7 +49,7 @@ def main(arguments: argparse.Namespace) -> None:
             arguments.threads,
         )
         adapter.write_experts(model, layer, apply_permutation(weights, alignments[layer].permutation_EF))
-    write_table(arguments.permutation, transform.permutation_frame(alignments), "permutation")
+    write_table(arguments.permutation, permutation_frame(alignments), "permutation")
     tokenizer = checkpoint.load_tokenizer(arguments.model)
     checkpoint.save(model, arguments.out, tokenizer, {"stage": "permute", "alignment": arguments.alignment})
 

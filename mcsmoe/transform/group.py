@@ -1,0 +1,84 @@
+"""Similarities of a layer's experts, and groupings as tables and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mcsmoe.adapters.base import Adapter
+from mcsmoe.layer_statistics import LayerStatistics
+from mcsmoe.merge.average import random_importance
+from mcsmoe.merge.base import shares
+from mcsmoe.similarity import SimilarityInputs, similarity
+from mcsmoe.tables import frame_of
+from mcsmoe.transform.evidence import Evidence
+from mcsmoe.types import Grouping, LayerId
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def layer_similarity(
+    model: nn.Module, adapter: Adapter, layer: LayerId, base: str, evidence: Evidence, seed: int
+) -> Tensor:
+    """[E, E] similarity of a layer's experts."""
+    weights = adapter.read_experts(model, layer)
+    inputs = SimilarityInputs(
+        statistics=evidence.layer(layer),
+        weights=weights,
+        router=adapter.read_router(model, layer),
+        gradients=evidence.per_weight("gradient", layer, weights),
+        activation=adapter.activation(model, layer),
+        seed=seed,
+        layer=layer,
+    )
+    return similarity(base, inputs)
+
+
+def importance(statistics: LayerStatistics, merge: str) -> Tensor:
+    """[E]: what the budget and the dominant experts are chosen by."""
+    return statistics.saliency_E if merge == "reap" else statistics.frequency_E
+
+
+def similarity_frame(base: str, similarities: Mapping[LayerId, Tensor]) -> pd.DataFrame:
+    """Table ``similarity``."""
+    rows = [
+        {"layer": layer, "base": base, "expert_i": i, "expert_j": j, "similarity": value}
+        for layer, found_EE in similarities.items()
+        for i, row in enumerate(found_EE.tolist())
+        for j, value in enumerate(row)
+    ]
+    return frame_of(rows, "similarity")
+
+
+def groups_frame(groupings: Mapping[LayerId, Grouping], evidence: Evidence, merge: str, seed: int) -> pd.DataFrame:
+    """Table ``groups``; weights are those that ``merge`` gives whole experts (frequency where it weighs elements)."""
+    rows = []
+    for layer, grouping in groupings.items():
+        frequency_E = evidence.layer(layer).frequency_E
+        leads_E = torch.zeros(grouping.num_experts, dtype=torch.bool)
+        leads_E[grouping.dominant] = True
+        weighed_E = frequency_E
+        if merge in ("uniform", "git-rebasin", "repair", "zipit", "zipit-weight"):
+            weighed_E = torch.ones_like(frequency_E)
+        elif merge in ("prune", "drop", "reap"):
+            weighed_E = leads_E.to(frequency_E)
+        elif merge == "reversed":
+            weighed_E = 1 - frequency_E
+        elif merge == "random":
+            weighed_E = random_importance(grouping.num_experts, seed, layer)
+        share_E = shares(grouping, weighed_E)
+        rows += [
+            {
+                "layer": layer,
+                "expert": expert,
+                "group": int(grouping.expert_to_group[expert]),
+                "dominant": bool(leads_E[expert]),
+                "weight": float(share_E[expert]),
+            }
+            for expert in range(grouping.num_experts)
+        ]
+    return frame_of(rows, "groups")
