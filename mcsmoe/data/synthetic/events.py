@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mcsmoe.data.synthetic.words import NAMES, Dice
+from mcsmoe.data.synthetic.words import DAYS, NAMES, Dice
 
 CHAINS: tuple[tuple[str, ...], ...] = (
     ("forgot the umbrella", "got wet in the rain", "caught a cold", "stayed in bed"),
@@ -61,14 +61,16 @@ def draw(dice: Dice, label: int) -> tuple[list[str], list[dict[str, Any]]]:
     who = dice.pick(NAMES)
     events = [f"{who} {event}" for event in (right, wrong)]
     choices = events if label == 0 else events[::-1]
+    when = dice.pick(("", *(f" on {day}" for day in DAYS)))
+    premise = f"{who} {chain[place]}{when}"
     row = {
-        "premise": f"{who} {chain[place]}",
+        "premise": premise,
         "choice1": choices[0],
         "choice2": choices[1],
         "question": question,
         "label": label,
     }
-    return [" ".join([who, question, chain[place], *sorted((right, wrong))])], [row]
+    return [" ".join([question, premise, *sorted((right, wrong))])], [row]
 
 
 def texts(row: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mcsmoe.data.synthetic.words import NAMES, Dice
+from mcsmoe.data.synthetic.words import DAYS, NAMES, Dice
 
 # (sentence, ends that point to the first, ends that point to the second)
 THINGS = (
@@ -46,6 +46,7 @@ def draw(dice: Dice, label: int) -> tuple[list[str], list[dict[str, Any]]]:
     a, b = dice.sample(OBJECTS if is_thing else NAMES, 2)
     is_first = dice.chance(0.5)
     text = sentence.format(a=a, b=b, p=dice.pick(first if is_first else second)) + " ."
+    text = dice.pick(("", *(f"on {day} " for day in DAYS))) + text
     right, wrong = (a, b) if is_first else (b, a)
     options = (right, wrong) if label == 0 else (wrong, right)
     return [text], [{"sentence": text, "option1": options[0], "option2": options[1], "answer": str(label + 1)}]
