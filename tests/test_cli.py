@@ -333,5 +333,4 @@ def test_peak_memory_is_that_of_a_layer_not_of_the_model(tmp_path: Path) -> None
     merging = ["merge", full, "--calibration", str(tokens), "--experts", "4", "--alignment", "none", "--out", merged]
     for words in (merging, ["compress", merged, "--rank", "8", "--out", out]):
         used = float(python(json.dumps(words)).split()[-1])
-        print(words[0], used, size)
         assert used < 150 < size / 3, (words[0], used, size)
