@@ -29,6 +29,7 @@ rule compress:
         options=options("compress"),
         method=method_options("distillation_weight", "decomposition"),
         limits=limits(),
+        excluded=as_flags({"exclude_layers": CONFIG["merge"]["exclude_layers"]}),
     message:
         "compress {wildcards.variant} {wildcards.experts}e on {wildcards.task}, seed {wildcards.seed}"
     shell:
@@ -36,5 +37,5 @@ rule compress:
         "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device {DEVICE} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
-        "--state {params.state:q} {params.limits} {params.options} {params.method} "
+        "--state {params.state:q} {params.limits} {params.options} {params.method} {params.excluded} "
         "{params.given} --log {log:q}"

@@ -19,6 +19,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, help="cache of the full model's answers; none trains without a teacher")
     parser.add_argument("--routing", type=Path, help="routing statistics, for the activation-aware decomposition")
     parser.add_argument("--decomposition", choices=["svd", "whitened"], default="svd", help="how experts are split")
+    options.add_section(parser, "merge", only=("exclude_layers",))
     options.add_training(parser, "compress")
     return parser.parse_args()
 
@@ -36,7 +37,11 @@ def main(arguments: argparse.Namespace) -> None:
     settings = job.settings
     adapter = adapter_for(job.model)
     statistics = load_statistics(arguments.routing) if arguments.decomposition == "whitened" else None
-    split_experts(job.model, adapter, settings["rank"], statistics)
+    unknown = sorted(set(arguments.exclude_layers) - set(adapter.layers(job.model)))
+    if unknown:
+        raise ValueError(f"merge.exclude_layers names {unknown[0]!r}; the model has {adapter.layers(job.model)}")
+    layers = [layer for layer in adapter.layers(job.model) if layer not in arguments.exclude_layers]
+    split_experts(job.model, adapter, settings["rank"], statistics, layers)
     freeze_routers(job.model, adapter)
     steps, _ = total_steps(settings, len(job.train))
     schedule = KeptSchedule(
