@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,7 @@ def test_training_reaches_every_parameter_and_bfloat16_runs(family: str, form: s
     assert captured.batches[layers[0]].logits_TE.shape[0] == 88
 
 
-def test_models_with_redirected_layers_can_be_copied_and_pickled_and_keep_no_stock_weights() -> None:
+def test_models_with_redirected_layers_can_be_copied_and_keep_no_stock_weights() -> None:
     for family in ("mixtral", "gpt_oss"):
         made, adapter, layers = opened(family)
         before = sum(p.numel() for p in made.get_submodule(f"{layers[0]}.experts").parameters())
@@ -149,7 +148,7 @@ def test_models_with_redirected_layers_can_be_copied_and_pickled_and_keep_no_sto
         experts = made.get_submodule(f"{layers[0]}.experts")
         assert sum(p.numel() for p in experts.parameters()) * 2 == before
         assert not list(experts.activation.module.parameters())
-        again = pickle.loads(pickle.dumps(copy.deepcopy(made)))
+        again = copy.deepcopy(made)
         assert torch.equal(logits(again, batch()), logits(made, batch()))
 
 
