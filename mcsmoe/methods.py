@@ -28,6 +28,9 @@ MERGES = (
 )
 """Names of the merge methods (``mcsmoe.merge.METHODS``)."""
 
+TASK_SPECIFIC = "task-specific"
+"""In place of a merge method: experts are pruned while the base model is fine-tuned, not merged afterwards."""
+
 NEED_GRADIENTS = ("gradient", "weight-gradient")
 """Similarity bases that need a backward pass over the calibration examples."""
 
@@ -54,7 +57,8 @@ class Method:
     @property
     def needs_gradients(self) -> bool:
         """Whether gradients (or their squares, the Fisher information) must be collected for it."""
-        return self.merge == "fisher" or (self.merge is not None and self.similarity in NEED_GRADIENTS)
+        merges = self.merge not in (None, TASK_SPECIFIC)
+        return self.merge == "fisher" or (merges and self.similarity in NEED_GRADIENTS)
 
 
 def _builtin() -> dict[str, Method]:
@@ -84,6 +88,13 @@ def _builtin() -> dict[str, Method]:
             description="HC-SMoE: hierarchical clustering of expert outputs",
             similarity="expert-output",
             grouping="hierarchical",
+            budget="uniform",
+        ),
+        replace(
+            plain,
+            name="task-specific",
+            description="task-specific pruning: unused experts fall away during fine-tuning",
+            merge=TASK_SPECIFIC,
             budget="uniform",
         ),
         Method("compression", "low-rank plus sparse experts, none merged", compress=True),
@@ -125,7 +136,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Method]:
         require_known(f"{field}.similarity", method.similarity, SIMILARITIES)
         require_known(f"{field}.grouping", method.grouping, GROUPINGS)
         if method.merge is not None:
-            require_known(f"{field}.merge", method.merge, MERGES)
+            require_known(f"{field}.merge", method.merge, (*MERGES, TASK_SPECIFIC))
         if method.parent is not None:
             require_known(f"{field}.parent", method.parent, known)
             if known[method.parent].merge is None:
@@ -134,12 +145,26 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Method]:
                 raise ValueError(f"{field} has a parent, so it must compress (compress: true) and not merge again")
         if method.merge is None and method.recover:
             raise ValueError(f"{field}.recover is true, but it merges nothing (merge: null); set one of the two")
-    return known
+    return _untrained(known, config["variants"]) if config["zero_shot"] else known
+
+
+def _untrained(known: dict[str, Method], variants: list[str]) -> dict[str, Method]:
+    """The methods without any stage that trains.
+
+    Raises:
+        ValueError: a variant that is nothing without training.
+    """
+    for name in variants:
+        if name in known and (known[name].compress or known[name].merge == TASK_SPECIFIC):
+            raise ValueError(
+                f"variants names {name!r}, which has to train, and zero_shot is true; leave it out or set zero_shot: false"
+            )
+    return {name: replace(method, recover=False) for name, method in known.items()}
 
 
 def stages(method: Method) -> list[str]:
     """Checkpoints the method makes of its own, in order; the last is its result."""
-    made = ["merged"] if method.merge is not None else []
+    made = ["pruned" if method.merge == TASK_SPECIFIC else "merged"] if method.merge is not None else []
     made += ["recovered"] if method.recover else []
     return made + (["compressed"] if method.compress else [])
 

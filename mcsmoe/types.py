@@ -8,7 +8,7 @@ This module imports torch and nothing else: no model class, no file, no device c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -201,3 +201,15 @@ class LayerSpec:
     num_groups: int
     expert_to_group: list[int]
     compression: CompressionSpec | None = None
+
+
+def chosen_layers(layers: Sequence[LayerId], excluded: Sequence[LayerId]) -> list[LayerId]:
+    """The layers that are not left out.
+
+    Raises:
+        ValueError: a layer is left out that the model does not have; names it.
+    """
+    unknown = sorted(set(excluded) - set(layers))
+    if unknown:
+        raise ValueError(f"merge.exclude_layers names {unknown[0]!r}; the model has {list(layers)}")
+    return [layer for layer in layers if layer not in excluded]

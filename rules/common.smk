@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ wildcard_constraints:
     variant=r"[^/]+",
     experts=r"\d+",
     how="(-weight-input|-activation)?",
-    checkpoint=r"full|[^/]+/\d+e/(merged|recovered|compressed)",
+    checkpoint=r"full|[^/]+/\d+e/(merged|pruned|recovered|compressed)",
 
 
 def code(name):
@@ -241,6 +242,13 @@ def grouping_options(wildcards):
     return as_flags({**merge, "capacity": capacity})
 
 
+def before_recovery(wildcards):
+    """The model that recovery starts from: merged, or pruned while it was fine-tuned."""
+    run = f"{RESULTS}/{wildcards.task}/seed{wildcards.seed}"
+    made = methods.stages(METHODS[wildcards.variant])[0]
+    return f"{run}/{wildcards.variant}/{wildcards.experts}e/{made}"
+
+
 def before_compression(wildcards):
     """The model that compression starts from: the parent's result, this method's own merged one, or the full one."""
     method = METHODS[wildcards.variant]
@@ -289,6 +297,9 @@ def whitening_input(wildcards):
 # -- measuring -----------------------------------------------------------------------------------------------------
 # What only some methods need of the calibration pass is collected only for them.
 CONFIGURED = [METHODS[variant] for variant in CONFIG["variants"]]
+TASK_SPECIFIC = [
+    name for name, method in METHODS.items() if method.merge == methods.TASK_SPECIFIC
+]
 EXTRAS = []
 if any(method.decomposition == "whitened" for method in CONFIGURED):
     EXTRAS.append("--whiten")
@@ -346,7 +357,8 @@ def everything_measured(wildcards):
                     f"{run}/{checkpoint}_evaluation/metrics.parquet"
                 )
                 found["cost"].append(f"{run}/{checkpoint}_cost/cost.parquet")
-                if not checkpoint.endswith("/merged"):
+                trained = checkpoint != methods.FULL or not CONFIG["zero_shot"]
+                if trained and not checkpoint.endswith("/merged"):
                     found["training"].append(
                         f"{run}/{checkpoint}_training/training.parquet"
                     )

@@ -1,7 +1,7 @@
 rule recover:
     # Train the merged model on, routers frozen, with the full model as teacher.
     input:
-        model=f"{RUN}/{{variant}}/{{experts}}e/merged",
+        model=before_recovery,
         train=f"{RUN}/examples/train.parquet",
         selection=f"{RUN}/examples/selection.parquet",
         teacher=teacher("recover"),

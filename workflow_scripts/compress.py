@@ -32,15 +32,13 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.train.objectives import RecoveryObjective, freeze_routers
     from mcsmoe.train.stages import Job, teacher_of, total_steps
     from mcsmoe.transform.compress import split_experts
+    from mcsmoe.types import chosen_layers
 
     job = Job.of(arguments, "compress")
     settings = job.settings
     adapter = adapter_for(job.model)
     statistics = load_statistics(arguments.routing) if arguments.decomposition == "whitened" else None
-    unknown = sorted(set(arguments.exclude_layers) - set(adapter.layers(job.model)))
-    if unknown:
-        raise ValueError(f"merge.exclude_layers names {unknown[0]!r}; the model has {adapter.layers(job.model)}")
-    layers = [layer for layer in adapter.layers(job.model) if layer not in arguments.exclude_layers]
+    layers = chosen_layers(adapter.layers(job.model), arguments.exclude_layers)
     split_experts(job.model, adapter, settings["rank"], statistics, layers)
     freeze_routers(job.model, adapter)
     steps, _ = total_steps(settings, len(job.train))

@@ -174,6 +174,10 @@ class ResidualPruner:
             kept += int(keep_Go.sum()) * self._widths[name]
         return kept / self._entries
 
+    def finished(self, step: int) -> bool:
+        """Whether the schedule prunes nothing more after step ``step``."""
+        return self.schedule.finished(step)
+
     def kept_rows(self) -> dict[str, list[int]]:
         """By name, rows of each group that are not all zero: what a packed checkpoint stores."""
         return {name: (residual != 0).any(dim=2).sum(dim=1).tolist() for name, residual in self.residuals.items()}

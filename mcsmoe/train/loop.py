@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mcsmoe.compress.residual import ResidualPruner
 from mcsmoe.console import progress
 from mcsmoe.tables import SCHEMAS
 from mcsmoe.train.state import StateStore
@@ -65,6 +64,23 @@ class Objective(Protocol):
 
     def __call__(self, model: nn.Module, rows: Batch, totals: Any) -> dict[str, Tensor]:
         """Named terms; ``loss`` is their weighted sum and has the graph."""
+
+
+class Pruner(Protocol):
+    """What falls away along a schedule: rows of residuals, or whole experts. Called once a step at two places."""
+
+    def observe(self) -> None:
+        """After the backward pass, before the optimiser: gradients and weights belong together."""
+
+    def apply(self, step: int) -> float:
+        """After the optimiser of step ``step`` (from 0); returns the fraction that is kept."""
+
+    def finished(self, step: int) -> bool:
+        """Whether nothing falls away any more after step ``step``."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
 @dataclass
@@ -121,7 +137,7 @@ class Trainer:
         objective: Objective,
         batch_for: Callable[[int], Batch],
         store: StateStore,
-        pruner: ResidualPruner | None = None,
+        pruner: Pruner | None = None,
         select: Callable[[nn.Module], float] | None = None,
         selection_metric: str = "",
         device: str = "auto",
@@ -258,7 +274,7 @@ class Trainer:
             self.history.rows.append(self._step(step))
             done = step + 1
             # While rows are still being pruned a state is denser than promised: only the final phase may be selected.
-            selectable = self.pruner is None or self.pruner.schedule.finished(step)
+            selectable = self.pruner is None or self.pruner.finished(step)
             if selectable and (done == plan.steps or (plan.select_every and done % plan.select_every == 0)):
                 self._consider(done)
             if plan.save_every and done % plan.save_every == 0 and done < plan.steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mcsmoe.adapters.base import Adapter
 from mcsmoe.train.losses import IGNORED, cross_entropy_sum, distillation_sum, load_balance_sum, router_z_sum
 from mcsmoe.train.teacher import TeacherCache
+from mcsmoe.types import LayerId
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,21 @@ def _logits(model: nn.Module, rows: dict[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class TaskObjective:
-    """Cross-entropy per label token, plus Switch's load-balancing loss averaged over layers while routers train."""
+    """Cross-entropy per label token, plus Switch's load-balancing loss averaged over layers while routers train.
+
+    Where ``usage`` is given it is told, per sparse layer, how many tokens chose each expert (int64 [E]).
+    """
 
     adapter: Adapter
     balance_weight: float = 0.0
     z_weight: float = 0.0
+    usage: Callable[[LayerId, Tensor], None] | None = None
 
     def prepare(self, batch: dict[str, Tensor]) -> Totals:
         return totals_of(batch)
 
     def __call__(self, model: nn.Module, rows: dict[str, Tensor], totals: Totals) -> dict[str, Tensor]:
-        if not self.balance_weight:
+        if not self.balance_weight and self.usage is None:
             task = cross_entropy_sum(_logits(model, rows), rows["labels"]) / totals.labels
             return {"loss": task, "task_loss": task}
         bare = getattr(model, "module", model)
@@ -54,10 +60,12 @@ class TaskObjective:
             task = cross_entropy_sum(_logits(model, rows), rows["labels"]) / totals.labels
         balance, z = task.new_zeros(()), task.new_zeros(())
         share = rows["labels"].shape[0] / totals.rows
-        for batch in captured.batches.values():
+        for layer, batch in captured.batches.items():
             logits_TE = batch.logits_TE[batch.valid_T]
             wanted_T = batch.wanted_TK[batch.valid_T].flatten()
             counts_E = torch.bincount(wanted_T, minlength=logits_TE.shape[1])
+            if self.usage is not None:
+                self.usage(layer, counts_E)
             tokens = max(1, logits_TE.shape[0]) / share
             balance = balance + load_balance_sum(logits_TE, counts_E) / tokens
             z = z + router_z_sum(logits_TE) / tokens

@@ -21,14 +21,12 @@ from mcsmoe.evaluate.metrics import positive_answer
 from mcsmoe.evaluate.protocols import prepare, selector
 from mcsmoe.provenance import code_digest
 from mcsmoe.tables import read_table, write_table
-from mcsmoe.train.loop import Objective, Trainer, TrainingPlan, TrainingResult
+from mcsmoe.train.loop import Objective, Pruner, Trainer, TrainingPlan, TrainingResult
 from mcsmoe.train.state import StateStore
 from mcsmoe.train.teacher import TeacherCache
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from mcsmoe.compress.residual import ResidualPruner
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +88,7 @@ class Job:
         )
 
     def run(
-        self, script: str, objective: Objective, pruner: ResidualPruner | None = None, inputs: Sequence[Path] = ()
+        self, script: str, objective: Objective, pruner: Pruner | None = None, inputs: Sequence[Path] = ()
     ) -> TrainingResult:
         """Train the model in place, from the saved state if there is one, and write the curves.
 

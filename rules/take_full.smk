@@ -1,0 +1,24 @@
+rule take_full:
+    # Zero-shot: the checkpoint itself is the full model; nothing is trained.
+    input:
+        model=f"{RESULTS}/base/seed{{seed}}/model",
+    output:
+        model=directory(f"{RUN}/full"),
+    log:
+        f"{LOGS}/take_full/{{task}}-seed{{seed}}.log",
+    benchmark:
+        f"{BENCHMARKS}/take_full/{{task}}-seed{{seed}}.tsv"
+    conda:
+        "../envs/mcsmoe.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=60,
+    params:
+        code=code("take_full"),
+    message:
+        "take the checkpoint as the full model of {wildcards.task}, seed {wildcards.seed}"
+    shell:
+        "python {SCRIPTS:q}/take_full.py "
+        "--model {input.model:q} --out {output.model:q} "
+        "--log {log:q}"
