@@ -18,6 +18,8 @@ rule cache_teacher:
         gpu=GPUS,
     params:
         code=code("cache_teacher"),
+        script=script("cache_teacher"),
+        device=DEVICE,
         options=as_flags(
             {key: CONFIG["evaluate"][key] for key in ("batch_size", "threads")}
         ),
@@ -25,7 +27,7 @@ rule cache_teacher:
     message:
         "cache the teacher of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/cache_teacher.py "
-        "--model {input.model:q} --train {input.train:q} --device {DEVICE} "
+        "python {params.script:q} "
+        "--model {input.model:q} --train {input.train:q} --device {params.device} "
         "--out {output.teacher:q} {params.limits} {params.options} "
         "--log {log:q}"

@@ -18,6 +18,8 @@ rule collect_gradients:
         gpu=GPUS,
     params:
         code=code("collect_gradients"),
+        script=script("collect_gradients"),
+        device=DEVICE,
         options=as_flags(
             {key: CONFIG["calibration"][key] for key in ("samples", "threads")}
         ),
@@ -25,7 +27,7 @@ rule collect_gradients:
     message:
         "collect gradients of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/collect_gradients.py "
-        "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {DEVICE} "
+        "python {params.script:q} "
+        "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {params.device} "
         "--gradients {output.gradients:q} {params.limits} {params.options} "
         "--log {log:q}"

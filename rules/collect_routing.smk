@@ -19,14 +19,16 @@ rule collect_routing:
         gpu=GPUS,
     params:
         code=code("collect_routing"),
+        script=script("collect_routing"),
+        device=DEVICE,
         options=options("calibration"),
         limits=limits(),
         extras=" ".join(EXTRAS),
     message:
         "collect routing statistics of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/collect_routing.py "
-        "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {DEVICE} "
+        "python {params.script:q} "
+        "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {params.device} "
         "--table {output.table:q} --statistics {output.statistics:q} "
         "{params.limits} {params.options} {params.extras} "
         "--log {log:q}"

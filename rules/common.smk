@@ -10,11 +10,15 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 # The jobs use the interpreter and the library that the workflow was started with.
-os.environ["PATH"] = os.pathsep.join(
-    [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-)
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [workflow.basedir, os.environ.get("PYTHONPATH", "")])
+os.environ.update(
+    {
+        "PATH": os.pathsep.join(
+            [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+        ),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [workflow.basedir, os.environ.get("PYTHONPATH", "")])
+        ),
+    }
 )
 if workflow.basedir not in sys.path:
     sys.path.insert(0, workflow.basedir)
@@ -57,6 +61,11 @@ wildcard_constraints:
 def code(name):
     """Digest of a stage's script and of every module it uses: a change reruns the rule."""
     return provenance.code_digest(f"{SCRIPTS}/{name}.py")
+
+
+def script(name):
+    """A stage's script as seen from the working folder, so that a project that was moved reruns nothing."""
+    return os.path.relpath(f"{SCRIPTS}/{name}.py")
 
 
 def options(section, **changes):
@@ -358,7 +367,7 @@ def everything_measured(wildcards):
                 )
                 found["cost"].append(f"{run}/{checkpoint}_cost/cost.parquet")
                 trained = checkpoint != methods.FULL or not CONFIG["zero_shot"]
-                if trained and not checkpoint.endswith("/merged"):
+                if trained and Path(checkpoint).name != "merged":
                     found["training"].append(
                         f"{run}/{checkpoint}_training/training.parquet"
                     )

@@ -23,6 +23,8 @@ rule compress:
         gpu=GPUS,
     params:
         code=code("compress"),
+        script=script("compress"),
+        device=DEVICE,
         given=given("teacher", "routing"),
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-compressed",
         task=lambda wildcards: TASKS[wildcards.task],
@@ -33,9 +35,9 @@ rule compress:
     message:
         "compress {wildcards.variant} {wildcards.experts}e on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/compress.py "
+        "python {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
-        "--selection {input.selection:q} --seed {wildcards.seed} --device {DEVICE} "
+        "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} {params.limits} {params.options} {params.method} {params.excluded} "
         "{params.given} --log {log:q}"

@@ -19,6 +19,8 @@ rule evaluate:
         gpu=GPUS,
     params:
         code=code("evaluate"),
+        script=script("evaluate"),
+        device=DEVICE,
         task=lambda wildcards: TASKS[wildcards.task],
         names=labels_of,
         options=options("evaluate"),
@@ -26,9 +28,9 @@ rule evaluate:
     message:
         "evaluate {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/evaluate.py "
+        "python {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --examples {input.examples:q} "
-        "--seed {wildcards.seed} {params.names} --device {DEVICE} "
+        "--seed {wildcards.seed} {params.names} --device {params.device} "
         "--predictions {output.predictions:q} --metrics {output.metrics:q} "
         "{params.limits} {params.options} "
         "--log {log:q}"

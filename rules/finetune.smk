@@ -21,6 +21,8 @@ rule finetune:
         gpu=GPUS,
     params:
         code=code("finetune"),
+        script=script("finetune"),
+        device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/full",
         task=lambda wildcards: TASKS[wildcards.task],
         options=options("finetune"),
@@ -28,9 +30,9 @@ rule finetune:
     message:
         "fine-tune the full model on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/finetune.py "
+        "python {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
-        "--selection {input.selection:q} --seed {wildcards.seed} --device {DEVICE} "
+        "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} {params.limits} {params.options} "
         "--log {log:q}"

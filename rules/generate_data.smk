@@ -15,6 +15,7 @@ rule generate_data:
         runtime=10,
     params:
         code=code("generate_data"),
+        script=script("generate_data"),
         task=lambda wildcards: TASKS[wildcards.task],
         options=as_flags(
             {
@@ -25,7 +26,7 @@ rule generate_data:
     message:
         "generate data for {wildcards.task}"
     shell:
-        "python {SCRIPTS:q}/generate_data.py "
+        "python {params.script:q} "
         "--task {params.task:q} "
         "--train {output.train:q} --validation {output.validation:q} "
         "{params.options} "

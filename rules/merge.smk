@@ -17,13 +17,14 @@ rule merge:
         runtime=60,
     params:
         code=code("merge"),
+        script=script("merge"),
         given=given("gradients", "permutation"),
         method=method_options("merge", "alignment"),
         options=as_flags({"threads": CONFIG["merge"]["threads"]}),
     message:
         "merge the experts of {wildcards.task} by {wildcards.variant} to {wildcards.experts}, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/merge.py "
+        "python {params.script:q} "
         "--model {input.model:q} --groups {input.groups:q} --routing {input.routing:q} --seed {wildcards.seed} "
         "--out {output.model:q} {params.method} {params.options} "
         "{params.given} --log {log:q}"

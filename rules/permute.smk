@@ -17,13 +17,14 @@ rule permute:
         runtime=60,
     params:
         code=code("permute"),
+        script=script("permute"),
         given=given("routing"),
         alignment=lambda wildcards: (wildcards.how or "-weight")[1:],
         options=as_flags({"threads": CONFIG["merge"]["threads"]}),
     message:
         "align the experts of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/permute.py "
+        "python {params.script:q} "
         "--model {input.model:q} --alignment {params.alignment} "
         "--out {output.model:q} --permutation {output.permutation:q} {params.options} "
         "{params.given} --log {log:q}"

@@ -18,14 +18,16 @@ rule prepare:
         gpu=GPUS,
     params:
         code=code("prepare"),
+        script=script("prepare"),
+        device=DEVICE,
         state=f"{STATE}/base/seed{{seed}}",
         source=model_source,
         options=pretraining_options,
     message:
         "prepare the base model, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/prepare.py "
-        "{params.source} --seed {wildcards.seed} --device {DEVICE} "
+        "python {params.script:q} "
+        "{params.source} --seed {wildcards.seed} --device {params.device} "
         "--model {output.model:q} --training {output.training:q} --state {params.state:q} "
         "{params.options} "
         "--log {log:q}"

@@ -18,6 +18,7 @@ rule prepare_data:
         runtime=20,
     params:
         code=code("prepare_data"),
+        script=script("prepare_data"),
         task=lambda wildcards: TASKS[wildcards.task],
         source=raw_source,
         options=as_flags(
@@ -29,7 +30,7 @@ rule prepare_data:
     message:
         "prepare the examples of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/prepare_data.py "
+        "python {params.script:q} "
         "--task {params.task:q} {params.source} --seed {wildcards.seed} "
         "--train {output.train:q} --selection {output.selection:q} --validation {output.validation:q} "
         "{params.options} "

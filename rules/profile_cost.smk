@@ -17,13 +17,15 @@ rule profile_cost:
         gpu=GPUS,
     params:
         code=code("profile_cost"),
+        script=script("profile_cost"),
+        device=DEVICE,
         task=lambda wildcards: TASKS[wildcards.task],
         names=labels_of,
         options=options("cost"),
     message:
         "profile the cost of {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/profile_cost.py "
+        "python {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --seed {wildcards.seed} {params.names} "
-        "--device {DEVICE} --table {output.table:q} {params.options} "
+        "--device {params.device} --table {output.table:q} {params.options} "
         "--log {log:q}"

@@ -28,6 +28,8 @@ rule prune:
         gpu=GPUS,
     params:
         code=code("prune"),
+        script=script("prune"),
+        device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-pruned",
         task=lambda wildcards: TASKS[wildcards.task],
         options=options("finetune"),
@@ -41,9 +43,9 @@ rule prune:
     message:
         "fine-tune on {wildcards.task} while all but {wildcards.experts} experts fall away, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/prune.py "
+        "python {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
-        "--selection {input.selection:q} --seed {wildcards.seed} --device {DEVICE} "
+        "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
         "--experts {wildcards.experts} --groups {output.groups:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} {params.limits} {params.options} {params.pruning} "

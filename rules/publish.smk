@@ -17,12 +17,14 @@ rule publish:
         runtime=60,
     params:
         code=code("publish"),
+        script=script("publish"),
+        results=lambda wildcards: RESULTS,
         runs=RUN_LIST,
         configuration=CONFIG_JSON,
     message:
         "publish to MLflow"
     shell:
-        "python {SCRIPTS:q}/publish.py "
-        "--results {RESULTS:q} --runs {params.runs:q} --configuration {params.configuration:q} "
+        "python {params.script:q} "
+        "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
         "--summary {input.summary:q} --marker {output.marker:q} "
         "--log {log:q}"

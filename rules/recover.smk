@@ -22,6 +22,8 @@ rule recover:
         gpu=GPUS,
     params:
         code=code("recover"),
+        script=script("recover"),
+        device=DEVICE,
         given=given("teacher"),
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-recovered",
         task=lambda wildcards: TASKS[wildcards.task],
@@ -31,9 +33,9 @@ rule recover:
     message:
         "win the quality of {wildcards.variant} {wildcards.experts}e back on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/recover.py "
+        "python {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
-        "--selection {input.selection:q} --seed {wildcards.seed} --device {DEVICE} "
+        "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} {params.limits} {params.options} {params.method} "
         "{params.given} --log {log:q}"

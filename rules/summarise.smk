@@ -18,12 +18,15 @@ rule summarise:
         runtime=30,
     params:
         code=code("summarise"),
+        script=script("summarise"),
+        results=lambda wildcards: RESULTS,
+        benchmarks=BENCHMARKS,
         runs=RUN_LIST,
         configuration=CONFIG_JSON,
     message:
         "summarise and report"
     shell:
-        "python {SCRIPTS:q}/summarise.py "
-        "--results {RESULTS:q} --runs {params.runs:q} --configuration {params.configuration:q} "
-        "--benchmarks {BENCHMARKS:q} --summary {output.summary:q} --report {output.report:q} "
+        "python {params.script:q} "
+        "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
+        "--benchmarks {params.benchmarks:q} --summary {output.summary:q} --report {output.report:q} "
         "--log {log:q}"

@@ -16,9 +16,10 @@ rule take_full:
         runtime=60,
     params:
         code=code("take_full"),
+        script=script("take_full"),
     message:
         "take the checkpoint as the full model of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {SCRIPTS:q}/take_full.py "
+        "python {params.script:q} "
         "--model {input.model:q} --out {output.model:q} "
         "--log {log:q}"

@@ -33,13 +33,22 @@ def test_rule_script_log_and_benchmark_share_a_name(rule: str) -> None:
     text = (ROOT / "rules" / f"{rule}.smk").read_text()
     assert re.findall(r"^rule (\w+):", text, re.MULTILINE) == [rule]
     assert (ROOT / "workflow_scripts" / f"{rule}.py").is_file()
-    for part in (f"/{rule}.py", f"{{LOGS}}/{rule}/", f"{{BENCHMARKS}}/{rule}/", f'code=code("{rule}")'):
+    for part in (f'script=script("{rule}")', f"{{LOGS}}/{rule}/", f"{{BENCHMARKS}}/{rule}/", f'code=code("{rule}")'):
         assert part in text, f"rule {rule} lacks {part}"
     # The order that snakefmt writes.
     order = ["input", "output", "log", "benchmark", "conda", "threads", "resources", "params", "message", "shell"]
     found = [text.index(f"\n    {word}:") for word in order if f"\n    {word}:" in text]
     assert found == sorted(found)
     assert f'include: "rules/{rule}.smk"' in (ROOT / "Snakefile").read_text()
+
+
+@pytest.mark.parametrize("config", ["config.yaml", "tests/tiny_workflow.yaml"])
+def test_snakemake_finds_nothing_to_complain_of(config: str, tmp_path: Path) -> None:
+    # In a folder of its own: linting must not wait for a run in this one, nor leave anything here.
+    command = [sys.executable, "-m", "snakemake", "--lint", "--snakefile", str(ROOT / "Snakefile")]
+    command += ["--directory", str(tmp_path), "--configfile", str(ROOT / config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("rule", RULES)
