@@ -80,6 +80,7 @@ def add_training(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--selected", type=Path, required=True, help="written: selection history")
     parser.add_argument("--state", type=Path, required=True, help="folder of the state to resume from")
     add_section(parser, "data", only=("max_input", "max_label"))
+    add_section(parser, "evaluate", only=("protocol",))
     add_section(parser, name)
 
 

@@ -58,6 +58,10 @@ wildcard_constraints:
     checkpoint=r"full|[^/]+/\d+e/(merged|pruned|recovered|compressed)",
 
 
+# Stages that select a checkpoint by how it answers.
+TRAIN_ON_TASK = ("finetune", "recover", "compress")
+
+
 def code(name):
     """Digest of a stage's script and of every module it uses: a change reruns the rule."""
     return provenance.code_digest(f"{SCRIPTS}/{name}.py")
@@ -75,6 +79,8 @@ def options(section, **changes):
         settings = configuration.stage_settings(
             CONFIG, section, getattr(wildcards, "task", None)
         )
+        if section in TRAIN_ON_TASK:
+            settings = {**settings, "protocol": CONFIG["evaluate"]["protocol"]}
         return as_flags({**settings, **changes})
 
     return made

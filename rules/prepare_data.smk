@@ -21,6 +21,7 @@ rule prepare_data:
         script=script("prepare_data"),
         task=lambda wildcards: TASKS[wildcards.task],
         source=raw_source,
+        protocol=as_flags({"protocol": CONFIG["evaluate"]["protocol"]}),
         options=as_flags(
             {
                 key: CONFIG["data"][key]
@@ -33,5 +34,5 @@ rule prepare_data:
         "python {params.script:q} "
         "--task {params.task:q} {params.source} --seed {wildcards.seed} "
         "--train {output.train:q} --selection {output.selection:q} --validation {output.validation:q} "
-        "{params.options} "
+        "{params.options} {params.protocol} "
         "--log {log:q}"

@@ -63,7 +63,7 @@ def test_heads_of_a_new_model_start_at_the_neighbours() -> None:
     assert torch.equal(bias_HQK[1, 1:8].argmax(dim=1), queries + 1)
     # Wider heads are symmetric, and the widest is nearly flat over a short text.
     torch.testing.assert_close(bias_HQK[3], bias_HQK[3].T)
-    assert float(bias_HQK[3].max() - bias_HQK[3].min()) == pytest.approx(8 * 0.5**3)
+    assert float(bias_HQK[3].max().detach() - bias_HQK[3].min().detach()) == pytest.approx(8 * 0.5**3)
     causal_HQK = model.decoder.block[0].layer[0].SelfAttention.compute_bias(9, 9)[0]
     assert torch.equal(causal_HQK[0, 1:].argmax(dim=1), torch.arange(8))
 

@@ -31,6 +31,7 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     import pandas as pd
     import torch
+    from scipy.stats import binomtest
 
     from mcsmoe import checkpoint
     from mcsmoe.data.tasks import load_task
@@ -44,7 +45,7 @@ def main(arguments: argparse.Namespace) -> None:
     device = pick(arguments.device)
     model, tokenizer = checkpoint.load(arguments.model, device=device), checkpoint.load_tokenizer(arguments.model)
     task = load_task(arguments.task)
-    protocol = task.protocol if arguments.protocol == "auto" else arguments.protocol
+    protocol = task.asked(arguments.protocol)
     examples = read_table(arguments.examples, "examples")
     predictions = predict(
         *(model, tokenizer, examples, protocol),
@@ -71,6 +72,12 @@ def main(arguments: argparse.Namespace) -> None:
         )
         words = f"{metric} {found.value:.4f} (95 % interval {found.low:.4f} to {found.high:.4f}, n = {found.n})"
         console.log.info(words)
+    if protocol in ("generate", "paper_compat"):
+        counted, total = predictions.attrs["unparsed"], len(predictions)
+        bounds = binomtest(counted, total).proportion_ci(method="wilson")
+        rows.append(
+            {**rows[0], "metric": "unparsed", "value": counted / total, "ci_low": bounds.low, "ci_high": bounds.high}
+        )
     write_table(arguments.predictions, predictions, "predictions")
     write_table(arguments.metrics, pd.DataFrame(rows), "metrics")
 

@@ -25,6 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--selection", type=Path, required=True, help="written: selection slice of the training set")
     parser.add_argument("--validation", type=Path, required=True, help="written: validation examples")
     options.add_section(parser, "data", only=("train_rows", "validation_rows", "selection_rows"))
+    options.add_section(parser, "evaluate", only=("protocol",))
     return parser.parse_args()
 
 
@@ -41,11 +42,16 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         files = {"train": str(arguments.train_file), "validation": str(arguments.validation_file)}
         source |= {"kind": "files", "files": files}
+    compat = arguments.protocol == "paper_compat"
     train, validation = (
-        task.examples(sources.load_split(source, task, split, arguments.seed), split, file)
+        task.examples(sources.load_split(source, task, split, arguments.seed), split, file, compat=compat)
         for split, file in (("train", arguments.train_file), ("validation", arguments.validation_file))
     )
-    train, selection = sources.split_selection(train, arguments.selection_rows, arguments.seed)
+    if compat:
+        console.log.warning("paper_compat: checkpoints are selected on the split that is reported, as the paper did")
+        selection = validation
+    else:
+        train, selection = sources.split_selection(train, arguments.selection_rows, arguments.seed)
     written = ((arguments.train, train), (arguments.selection, selection), (arguments.validation, validation))
     for path, examples in written:
         write_table(path, examples, "examples")

@@ -88,6 +88,10 @@ class Task:
         """The main metric."""
         return self.metrics[0]
 
+    def asked(self, protocol: str) -> str:
+        """The protocol to use where the configuration asks for ``protocol``: ``auto`` is the task's own."""
+        return self.protocol if protocol == "auto" else protocol
+
     # -- rows to examples ----------------------------------------------------------------------------------------
     def examples(
         self, frame: pd.DataFrame, split: str, file: str | Path | None = None, compat: bool = False

@@ -96,11 +96,12 @@ class Job:
         """
         arguments, settings = self.arguments, self.settings
         read = [arguments.model, arguments.train, arguments.selection, *inputs]
-        sign = signature(script, read, settings=settings, seed=arguments.seed, device=arguments.device)
+        decisive = {key: getattr(arguments, key) for key in ("seed", "device", "protocol")}
+        sign = signature(script, read, settings=settings, **decisive)
         choose = None
         if settings["select_every"] and len(self.selection):
             prepared = prepare(
-                *(self.model, self.tokenizer, self.selection, self.task.protocol),
+                *(self.model, self.tokenizer, self.selection, self.task.asked(arguments.protocol)),
                 batch_size=4 * settings["batch_size"],
                 max_input=arguments.max_input,
                 max_label=arguments.max_label,
