@@ -39,7 +39,7 @@ def test_rule_script_log_and_benchmark_share_a_name(rule: str) -> None:
     order = ["input", "output", "log", "benchmark", "conda", "threads", "resources", "params", "message", "shell"]
     found = [text.index(f"\n    {word}:") for word in order if f"\n    {word}:" in text]
     assert found == sorted(found)
-    assert f'include: "rules/{rule}.smk"' in (ROOT / "Snakefile").read_text()
+    assert f'"rules/{rule}.smk"' in (ROOT / "Snakefile").read_text()
 
 
 @pytest.mark.parametrize("config", ["config.yaml", "tests/tiny_workflow.yaml"])
