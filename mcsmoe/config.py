@@ -16,7 +16,7 @@ from mcsmoe import methods
 from mcsmoe.schema import fill, schema, section
 
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_TRAINED = ("finetune", "recover", "compress")
+_ROWS = ("train_rows", "validation_rows", "selection_rows")
 
 
 # -- messages ----------------------------------------------------------------------------------------------------
@@ -117,9 +117,10 @@ def _sources(config: dict[str, Any]) -> None:
     for name in config["tasks"]:
         task = tasks.load_task(name)
         sources.check(source(config), task)
-        if data["train_rows"] is not None and data["train_rows"] <= data["selection_rows"]:
+        rows = stage_settings(config, "data", name)
+        if rows["train_rows"] is not None and rows["train_rows"] <= rows["selection_rows"]:
             raise ValueError(
-                f"data.selection_rows is {data['selection_rows']}, but data.train_rows only {data['train_rows']}; "
+                f"data.selection_rows is {rows['selection_rows']}, but data.train_rows only {rows['train_rows']}; "
                 "set fewer rows aside"
             )
     pretrain = config["pretrain"]
@@ -172,7 +173,8 @@ def _per_task(config: Mapping[str, Any]) -> Iterator[str]:
         if task not in config["tasks"]:
             raise ValueError(f"per_task.{task} is not among tasks ({', '.join(config['tasks'])}); add or remove it")
         for stage, settings in changes.items():
-            part = {"type": "object", "additionalProperties": False, "properties": section(stage)}
+            known = {key: rule for key, rule in section(stage).items() if stage != "data" or key in _ROWS}
+            part = {"type": "object", "additionalProperties": False, "properties": known}
             for error in Draft202012Validator(part).iter_errors(settings):
                 yield f"per_task.{task}.{stage}: {_message(error)}"
 
@@ -208,6 +210,6 @@ def complete(given: Mapping[str, Any], check_data: bool = True) -> dict[str, Any
 def stage_settings(config: Mapping[str, Any], stage: str, task: str | None = None) -> dict[str, Any]:
     """Settings of a stage, with the task's own in the place of the common ones."""
     settings = dict(config[stage])
-    if task is not None and stage in _TRAINED:
+    if task is not None:
         settings |= config["per_task"].get(task, {}).get(stage, {})
     return settings

@@ -67,6 +67,22 @@ def as_flags(values: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
+def launcher(processes: int) -> str:
+    """What stands before a training script on a command line: python, or torch's launcher of processes on this machine.
+
+    (accelerate's own launcher starts only one process where there is no GPU.)
+    """
+    if processes == 1:
+        return "python"
+    # Standalone finds a free port, so that jobs side by side do not meet.
+    return f"python -m torch.distributed.run --standalone --nproc-per-node {processes}"
+
+
+def add_tokens(parser: argparse.ArgumentParser) -> None:
+    """Where the tokens of a split are kept, for every stage that reads it."""
+    parser.add_argument("--tokens", type=Path, help="folder that keeps tokens for other stages; none tokenises anew")
+
+
 def add_training(parser: argparse.ArgumentParser, name: str) -> None:
     """What every stage that trains on a task reads and writes, and the settings of its section."""
     parser.add_argument("--model", type=Path, required=True, help="checkpoint to start from")
@@ -79,6 +95,7 @@ def add_training(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--training", type=Path, required=True, help="written: training curve")
     parser.add_argument("--selected", type=Path, required=True, help="written: selection history")
     parser.add_argument("--state", type=Path, required=True, help="folder of the state to resume from")
+    add_tokens(parser)
     add_section(parser, "data", only=("max_input", "max_label"))
     add_section(parser, "evaluate", only=("protocol",))
     add_section(parser, name)

@@ -29,6 +29,13 @@ def names_by_task(specs: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def described_in(spec: str) -> Path:
+    """The file that describes a task."""
+    from mcsmoe.data.tasks import load_task
+
+    return load_task(spec).file
+
+
 def task_files(folder: str, spec: str) -> dict[str, Path]:
     """Files of the train and validation split of a task below ``folder``."""
     from mcsmoe.data.sources import find_files

@@ -20,6 +20,7 @@ rule cache_teacher:
         code=code("cache_teacher"),
         script=script("cache_teacher"),
         device=DEVICE,
+        tokens=TOKENS,
         options=as_flags(
             {key: CONFIG["evaluate"][key] for key in ("batch_size", "threads")}
         ),
@@ -29,5 +30,5 @@ rule cache_teacher:
     shell:
         "python {params.script:q} "
         "--model {input.model:q} --train {input.train:q} --device {params.device} "
-        "--out {output.teacher:q} {params.limits} {params.options} "
+        "--out {output.teacher:q} --tokens {params.tokens:q} {params.limits} {params.options} "
         "--log {log:q}"

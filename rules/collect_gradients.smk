@@ -20,6 +20,7 @@ rule collect_gradients:
         code=code("collect_gradients"),
         script=script("collect_gradients"),
         device=DEVICE,
+        tokens=TOKENS,
         options=as_flags(
             {key: CONFIG["calibration"][key] for key in ("samples", "threads")}
         ),
@@ -29,5 +30,5 @@ rule collect_gradients:
     shell:
         "python {params.script:q} "
         "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {params.device} "
-        "--gradients {output.gradients:q} {params.limits} {params.options} "
+        "--gradients {output.gradients:q} --tokens {params.tokens:q} {params.limits} {params.options} "
         "--log {log:q}"

@@ -21,6 +21,7 @@ rule collect_routing:
         code=code("collect_routing"),
         script=script("collect_routing"),
         device=DEVICE,
+        tokens=TOKENS,
         options=options("calibration"),
         limits=limits(),
         extras=" ".join(EXTRAS),
@@ -30,5 +31,5 @@ rule collect_routing:
         "python {params.script:q} "
         "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {params.device} "
         "--table {output.table:q} --statistics {output.statistics:q} "
-        "{params.limits} {params.options} {params.extras} "
+        "--tokens {params.tokens:q} {params.limits} {params.options} {params.extras} "
         "--log {log:q}"

@@ -25,8 +25,8 @@ if workflow.basedir not in sys.path:
 
 from mcsmoe import config as configuration
 from mcsmoe import methods, provenance
-from mcsmoe.options import as_flags
-from mcsmoe.workflow import hold_lock, names_by_task, task_files
+from mcsmoe.options import as_flags, launcher
+from mcsmoe.workflow import described_in, hold_lock, names_by_task, task_files
 
 try:
     CONFIG = configuration.complete(config)
@@ -41,10 +41,13 @@ RESULTS = CONFIG["results"]
 LOGS = f"{RESULTS}/logs"
 BENCHMARKS = f"{RESULTS}/benchmarks"
 DEVICE = CONFIG["device"]
-GPUS = 0 if DEVICE == "cpu" else 1
+GPUS = 0 if DEVICE == "cpu" else 1  # of a process
+PROCESSES = CONFIG["processes"]
+LAUNCH = launcher(PROCESSES)
 CONFIG_JSON = json.dumps(CONFIG, sort_keys=True)
 RUN = f"{RESULTS}/{{task}}/seed{{seed}}"
 STATE = f"{RESULTS}/.state"
+TOKENS = f"{STATE}/tokens"
 SCRIPTS = f"{workflow.basedir}/workflow_scripts"
 EXPERTS_IN_MODEL = configuration.num_experts(CONFIG)
 
@@ -117,19 +120,30 @@ def limits():
 
 # -- data and the base model ---------------------------------------------------------------------------------------
 def raw_data(wildcards):
-    """Files the examples of a task are read from; none where they come from the hub."""
+    """The task's own file, and the files its rows are read from; no rows' where they come from the hub."""
     source, task = CONFIG["data"]["source"], TASKS[wildcards.task]
+    described = {"described": str(described_in(task))}
     if source == "hub":
-        return {}
+        return described
     if source == "synthetic":
-        return {
+        return described | {
             split: f"{RESULTS}/data/{wildcards.task}/{split}.parquet"
             for split in ("train", "validation")
         }
-    return {
+    return described | {
         split: str(path)
         for split, path in task_files(CONFIG["data"]["folder"], task).items()
     }
+
+
+def data_options(*keys):
+    """Settings of the data, with the task's own first, as command-line options."""
+
+    def made(wildcards):
+        settings = configuration.stage_settings(CONFIG, "data", wildcards.task)
+        return as_flags({key: settings[key] for key in keys})
+
+    return made
 
 
 def raw_source(wildcards, input):

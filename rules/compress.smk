@@ -16,17 +16,19 @@ rule compress:
         f"{BENCHMARKS}/compress/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
     conda:
         "../envs/mcsmoe.yaml"
-    threads: CONFIG["compress"]["threads"]
+    threads: CONFIG["compress"]["threads"] * PROCESSES
     resources:
-        mem_mb=3000,
+        mem_mb=3000 * PROCESSES,
         runtime=600,
-        gpu=GPUS,
+        gpu=GPUS * PROCESSES,
     params:
         code=code("compress"),
+        launch=LAUNCH,
         script=script("compress"),
         device=DEVICE,
         given=given("teacher", "routing"),
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-compressed",
+        tokens=TOKENS,
         task=lambda wildcards: TASKS[wildcards.task],
         options=options("compress"),
         method=method_options("distillation_weight", "decomposition"),
@@ -35,9 +37,9 @@ rule compress:
     message:
         "compress {wildcards.variant} {wildcards.experts}e on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
-        "--state {params.state:q} {params.limits} {params.options} {params.method} {params.excluded} "
+        "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.method} {params.excluded} "
         "{params.given} --log {log:q}"

@@ -14,25 +14,27 @@ rule finetune:
         f"{BENCHMARKS}/finetune/{{task}}-seed{{seed}}.tsv"
     conda:
         "../envs/mcsmoe.yaml"
-    threads: CONFIG["finetune"]["threads"]
+    threads: CONFIG["finetune"]["threads"] * PROCESSES
     resources:
-        mem_mb=3000,
+        mem_mb=3000 * PROCESSES,
         runtime=600,
-        gpu=GPUS,
+        gpu=GPUS * PROCESSES,
     params:
         code=code("finetune"),
+        launch=LAUNCH,
         script=script("finetune"),
         device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/full",
+        tokens=TOKENS,
         task=lambda wildcards: TASKS[wildcards.task],
         options=options("finetune"),
         limits=limits(),
     message:
         "fine-tune the full model on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
-        "--state {params.state:q} {params.limits} {params.options} "
+        "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} "
         "--log {log:q}"

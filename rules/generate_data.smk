@@ -17,12 +17,7 @@ rule generate_data:
         code=code("generate_data"),
         script=script("generate_data"),
         task=lambda wildcards: TASKS[wildcards.task],
-        options=as_flags(
-            {
-                key: CONFIG["data"][key]
-                for key in ("seed", "train_rows", "validation_rows")
-            }
-        ),
+        options=data_options("seed", "train_rows", "validation_rows"),
     message:
         "generate data for {wildcards.task}"
     shell:

@@ -11,13 +11,14 @@ rule prepare:
         f"{BENCHMARKS}/prepare/seed{{seed}}.tsv"
     conda:
         "../envs/mcsmoe.yaml"
-    threads: CONFIG["pretrain"]["threads"]
+    threads: CONFIG["pretrain"]["threads"] * PROCESSES
     resources:
-        mem_mb=3000,
+        mem_mb=3000 * PROCESSES,
         runtime=600,
-        gpu=GPUS,
+        gpu=GPUS * PROCESSES,
     params:
         code=code("prepare"),
+        launch=LAUNCH,
         script=script("prepare"),
         device=DEVICE,
         state=f"{STATE}/base/seed{{seed}}",
@@ -26,7 +27,7 @@ rule prepare:
     message:
         "prepare the base model, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} {params.script:q} "
         "{params.source} --seed {wildcards.seed} --device {params.device} "
         "--model {output.model:q} --training {output.training:q} --state {params.state:q} "
         "{params.options} "

@@ -22,12 +22,7 @@ rule prepare_data:
         task=lambda wildcards: TASKS[wildcards.task],
         source=raw_source,
         protocol=as_flags({"protocol": CONFIG["evaluate"]["protocol"]}),
-        options=as_flags(
-            {
-                key: CONFIG["data"][key]
-                for key in ("train_rows", "validation_rows", "selection_rows")
-            }
-        ),
+        options=data_options("train_rows", "validation_rows", "selection_rows"),
     message:
         "prepare the examples of {wildcards.task}, seed {wildcards.seed}"
     shell:

@@ -21,16 +21,18 @@ rule prune:
         variant="|".join(map(re.escape, TASK_SPECIFIC)) or "(?!)",
     conda:
         "../envs/mcsmoe.yaml"
-    threads: CONFIG["finetune"]["threads"]
+    threads: CONFIG["finetune"]["threads"] * PROCESSES
     resources:
-        mem_mb=3000,
+        mem_mb=3000 * PROCESSES,
         runtime=600,
-        gpu=GPUS,
+        gpu=GPUS * PROCESSES,
     params:
         code=code("prune"),
+        launch=LAUNCH,
         script=script("prune"),
         device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-pruned",
+        tokens=TOKENS,
         task=lambda wildcards: TASKS[wildcards.task],
         options=options("finetune"),
         pruning=as_flags(
@@ -43,10 +45,10 @@ rule prune:
     message:
         "fine-tune on {wildcards.task} while all but {wildcards.experts} experts fall away, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
         "--experts {wildcards.experts} --groups {output.groups:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
-        "--state {params.state:q} {params.limits} {params.options} {params.pruning} "
+        "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.pruning} "
         "--log {log:q}"

@@ -15,17 +15,19 @@ rule recover:
         f"{BENCHMARKS}/recover/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
     conda:
         "../envs/mcsmoe.yaml"
-    threads: CONFIG["recover"]["threads"]
+    threads: CONFIG["recover"]["threads"] * PROCESSES
     resources:
-        mem_mb=3000,
+        mem_mb=3000 * PROCESSES,
         runtime=600,
-        gpu=GPUS,
+        gpu=GPUS * PROCESSES,
     params:
         code=code("recover"),
+        launch=LAUNCH,
         script=script("recover"),
         device=DEVICE,
         given=given("teacher"),
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-recovered",
+        tokens=TOKENS,
         task=lambda wildcards: TASKS[wildcards.task],
         options=options("recover"),
         method=method_options("distillation_weight"),
@@ -33,9 +35,9 @@ rule recover:
     message:
         "win the quality of {wildcards.variant} {wildcards.experts}e back on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
-        "--state {params.state:q} {params.limits} {params.options} {params.method} "
+        "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.method} "
         "{params.given} --log {log:q}"

@@ -3,6 +3,10 @@ rule summarise:
     input:
         unpack(everything_measured),
         template=f"{workflow.basedir}/mcsmoe/templates/report.html.j2",
+        published=[
+            f"{workflow.basedir}/mcsmoe/published/{name}.csv"
+            for name in ("scores", "examples")
+        ],
     output:
         summary=f"{RESULTS}/summary.parquet",
         report=f"{RESULTS}/report.html",

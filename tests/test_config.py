@@ -69,6 +69,9 @@ BAD = [
     ("model/checkpoint", "/nowhere/at/all", ["model.checkpoint", "/nowhere/at/all"]),
     ("per_task", {"COPA": {"finetune": {"epoch": 1}}}, ["per_task.COPA.finetune", "epoch"]),
     ("per_task", {"MRPC": {}}, ["per_task.MRPC", "tasks"]),
+    ("per_task", {"COPA": {"data": {"folder": "x"}}}, ["per_task.COPA.data", "folder"]),
+    ("per_task", {"COPA": {"data": {"train_rows": 9, "selection_rows": 9}}}, ["data.selection_rows is 9", "9"]),
+    ("zero_shot", True, ["variants names 'mcsmoe'", "zero_shot: false"]),
     ("seeds", [0, 0], ["seeds", "twice"]),
 ]
 

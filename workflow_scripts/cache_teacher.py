@@ -16,6 +16,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, required=True, help="training examples")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, required=True, help="written: folder of the cache")
+    options.add_tokens(parser)
     options.add_section(parser, "data", only=("max_input", "max_label"))
     options.add_section(parser, "evaluate", only=("batch_size", "threads"))
     return parser.parse_args()
@@ -34,7 +35,7 @@ def main(arguments: argparse.Namespace) -> None:
     device = pick(arguments.device)
     model, tokenizer = checkpoint.load(arguments.model, device=device), checkpoint.load_tokenizer(arguments.model)
     rows = read_table(arguments.train, "examples")
-    train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label)
+    train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens)
     cache_teacher(
         model,
         evaluation_batches(train, arguments.batch_size),

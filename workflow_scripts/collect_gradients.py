@@ -20,6 +20,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="which examples are drawn")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--gradients", type=Path, required=True, help="written: gradients and Fisher information")
+    options.add_tokens(parser)
     options.add_section(parser, "data", only=("max_input", "max_label"))
     options.add_section(parser, "calibration", only=("samples", "threads"))
     return parser.parse_args()
@@ -38,7 +39,7 @@ def main(arguments: argparse.Namespace) -> None:
     model = checkpoint.load(arguments.model, device=pick(arguments.device))
     tokenizer = checkpoint.load_tokenizer(arguments.model)
     rows = read_table(arguments.train, "examples")
-    train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label)
+    train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens)
     # One example at a time: Fisher information is a mean of squares.
     batches = calibration_batches(train, arguments.samples, 1, arguments.seed)
     found = calibrate.collect_gradients(model, adapter_for(model), batches, len(batches))

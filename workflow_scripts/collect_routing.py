@@ -23,6 +23,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--statistics", type=Path, required=True, help="written: sufficient statistics")
     parser.add_argument("--saliency", action="store_true", help="also collect what pruning by saliency (REAP) needs")
     parser.add_argument("--whiten", action="store_true", help="also keep what activation-aware decomposition needs")
+    options.add_tokens(parser)
     options.add_section(parser, "data", only=("max_input", "max_label"))
     options.add_section(parser, "calibration")
     return parser.parse_args()
@@ -31,10 +32,11 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     import torch
 
-    from mcsmoe import calibrate, checkpoint
+    from mcsmoe import calibrate, checkpoint, cli_text
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.data.collate import calibration_batches, tokenize
     from mcsmoe.device import pick
+    from mcsmoe.evaluate.encoding import is_causal
     from mcsmoe.routing import RoutingStatistics
     from mcsmoe.tables import read_table, write_table
 
@@ -42,8 +44,15 @@ def main(arguments: argparse.Namespace) -> None:
     model = checkpoint.load(arguments.model, device=pick(arguments.device))
     tokenizer = checkpoint.load_tokenizer(arguments.model)
     rows = read_table(arguments.train, "examples")
-    train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label)
-    batches = calibration_batches(train, arguments.samples, arguments.batch_size, arguments.seed)
+    if is_causal(model):
+        batches = cli_text.batches(
+            *(rows[["input", "target"]].to_dict("records"), tokenizer, False, arguments.samples, arguments.batch_size),
+            max_tokens=arguments.max_input + arguments.max_label,
+            seed=arguments.seed,
+        )
+    else:
+        train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens)
+        batches = calibration_batches(train, arguments.samples, arguments.batch_size, arguments.seed)
     statistics = calibrate.collect_routing(
         *(model, adapter_for(model), batches, len(batches)),
         RoutingStatistics(reservoir=arguments.reservoir, whiten=arguments.whiten, seed=arguments.seed),

@@ -83,7 +83,7 @@ class Job:
             checkpoint.load(arguments.model),
             tokenizer,
             load_task(arguments.task),
-            tokenize(rows, tokenizer, arguments.max_input, arguments.max_label),
+            tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens),
             read_table(arguments.selection, "examples"),
         )
 
