@@ -1,5 +1,7 @@
 # make reproduce   set up and run the main job on the embedded default
 # make test        set up and pass the tests
+# make lint        style, types and generated pages, as make test begins
+# make docs        write the generated pages of docs/ anew
 # make ui          open the MLflow UI on what was run
 # make clean       remove results (not the environment)
 
@@ -16,17 +18,23 @@ export DO_NOT_TRACK := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: reproduce test check ui clean
+.PHONY: reproduce test lint docs ui clean
 
 reproduce: $(VENV)/.ready
 	$(RUN) -m snakemake --cores $(CORES) --configfile "$(CONFIG)"
 
-test: $(VENV)/.ready
+test: lint
+	$(RUN) -m pytest
+
+lint: $(VENV)/.ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m snakefmt --check Snakefile rules
-	$(RUN) -m pytest
+	$(RUN) docs/generate.py --check
+
+docs: $(VENV)/.ready
+	$(RUN) docs/generate.py
 
 ui: $(VENV)/.ready
 	$(RUN) workflow_scripts/ui.py --results "$(RESULTS)"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from mcsmoe import provenance
 
@@ -78,3 +83,54 @@ def test_mlflow_is_imported_in_one_place_only() -> None:
         if path.suffix in (".py", ".smk") and re.search(r"^\s*(import|from) mlflow", path.read_text(), re.MULTILINE)
     ]
     assert importers == ["mcsmoe/tracking.py"]
+
+
+def test_the_lock_has_every_requirement_within_its_range() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = [Requirement(line) for line in (ROOT / "envs" / "requirements.lock").read_text().splitlines() if line]
+    locked = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+    assert all(str(pin.specifier).startswith("==") for pin in pins)
+    given = [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
+    for requirement in map(Requirement, given):
+        if requirement.name != "torch":  # installed first and alone, by the version that pyproject.toml names
+            version = locked.get(canonicalize_name(requirement.name))
+            assert version is not None, f"{requirement.name} is not in the lock"
+            assert version in requirement.specifier, f"{requirement} is locked to {version}"
+    assert f"torch{Requirement(given[0]).specifier}" in (ROOT / "Makefile").read_text()
+
+
+def test_hooks_fetch_nothing() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repository["repo"] for repository in hooks] == ["local"]
+    assert {hook["language"] for hook in hooks[0]["hooks"]} == {"system"}
+
+
+_TELEMETRY = ("MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
+
+
+def _in_a_clean_environment(code: str) -> str:
+    """What ``code`` prints where nothing says yet that telemetry is off."""
+    # MLflow sends nothing either where it finds itself in a test or in continuous integration.
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+    done = subprocess.run([sys.executable, "-c", code], env=kept, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_every_stage_switches_the_telemetry_of_the_hub_off() -> None:
+    stage = "lambda _: print(importlib.import_module('huggingface_hub.constants').HF_HUB_DISABLE_TELEMETRY)"
+    given = "argparse.Namespace(threads=1, log=None)"
+    code = f"import argparse, importlib; from mcsmoe import console; console.run({stage}, {given})"
+    assert _in_a_clean_environment(code) == "True"
+    plain = "from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    assert _in_a_clean_environment(plain) == "False", "the test would pass whatever the stage does"
+
+
+def test_publishing_switches_the_telemetry_of_mlflow_off() -> None:
+    off = "from mlflow.telemetry.utils import is_telemetry_disabled; print(is_telemetry_disabled())"
+    assert _in_a_clean_environment(f"from mcsmoe import tracking; tracking._mlflow(); {off}") == "True"
+    assert _in_a_clean_environment(off) == "False", "the test would pass whatever publishing does"
+
+
+def test_make_switches_telemetry_off() -> None:
+    exported = re.findall(r"^export (\w+) := (?:true|1)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(_TELEMETRY) <= set(exported)
