@@ -15,11 +15,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from test_workflow import PARTS, ROOT
 
 from mcsmoe import cli, config, methods
 from mcsmoe.schema import schema
 
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ["Snakefile", "mcsmoe", "rules", "schemas", "workflow_scripts", "profiles", "envs", "config.yaml"]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 FOLDERS = (
@@ -207,7 +208,8 @@ def test_commands_are_understood(page: Path) -> None:
             try:
                 understood(words)
             except SystemExit as error:
-                raise AssertionError(f"{page.name}: not understood: {shlex.join(words)}") from error
+                # --help ends a program, too, but without complaint.
+                assert error.code == 0, f"{page.name}: not understood: {shlex.join(words)}"
 
 
 def test_shell_is_taken_apart_as_bash_does() -> None:
