@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,7 @@ from mcsmoe.artefacts import atomic_file
 from mcsmoe.console import progress
 from mcsmoe.routing import RoutingStatistics
 from mcsmoe.tables import frame_of
+from mcsmoe.train import processes
 from mcsmoe.train.losses import cross_entropy_sum
 from mcsmoe.types import ExpertWeights, LayerId
 
@@ -42,20 +44,45 @@ def collect_routing(
     """Add what every sparse layer routes on ``batches`` to ``statistics``; padding never counts.
 
     With ``saliency`` also that of the experts (REAP), which computes every token's expert a second time.
+
+    Several processes (``processes.start``) take batches in turn and give the same ``batches``; the main process returns the
+    statistics of all, with the counts and the sampled tokens of one process exactly, and its sums to float64 rounding.
+    What the others return is their own part.
     """
     device = next(model.parameters()).device
     model.eval()
-    layers = adapter.layers(model) if saliency else []
-    experts = {layer: adapter.read_experts(model, layer) for layer in layers}
-    activations = {layer: adapter.activation(model, layer) for layer in layers}
+    layers = adapter.layers(model)
+    seen: dict[str, Any] = {}
+    if saliency:
+        seen["experts"] = {layer: adapter.read_experts(model, layer) for layer in layers}
+        seen["activations"] = {layer: adapter.activation(model, layer) for layer in layers}
+    rank, world = processes.rank(), processes.count()
+    rounds = progress(_rounds(batches, world), "routing statistics", total=-(-total // world))
     with adapter.capture(model) as captured:
-        for batch in progress(batches, "routing statistics", total=total):
-            model(**_inputs(batch, device), use_cache=False)
-            if saliency:
-                statistics.update(captured.batches, experts=experts, activations=activations)
-            else:
-                statistics.update(captured.batches)
+        for batches_of_round in rounds:
+            mine = batches_of_round[rank : rank + 1]
+            for batch in mine:
+                model(**_inputs(batch, device), use_cache=False)
+            found = captured.batches if mine else {}
+            if world > 1:
+                # Tokens are numbered as in one pass: those of the processes before this one come first.
+                counts_L = torch.tensor([int(found[one].valid_T.sum()) if one in found else 0 for one in layers])
+                counts_PL = processes.gathered(counts_L.to(device)).cpu()
+                statistics.skip(dict(zip(layers, counts_PL[:rank].sum(dim=0).tolist(), strict=True)))
+            if mine:
+                statistics.update(found, **seen)
+            if world > 1:
+                statistics.skip(dict(zip(layers, counts_PL[rank + 1 :].sum(dim=0).tolist(), strict=True)))
+    for tensors in processes.sent_to_main(statistics.tensors()) if world > 1 else ():
+        statistics = statistics.merge(RoutingStatistics.from_tensors(tensors))
     return statistics
+
+
+def _rounds(batches: Iterable[Batch], world: int) -> Iterator[list[Batch]]:
+    """One batch for each process; fewer in the last round."""
+    stream = iter(batches)
+    while some := list(itertools.islice(stream, world)):
+        yield some
 
 
 def collect_gradients(

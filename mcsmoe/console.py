@@ -47,6 +47,11 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--configuration", type=json_argument, required=True, help="what was run: JSON, or @file")
 
 
+def _rank() -> int:
+    """Number of this process among those that a launcher started for one job."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def progress(items: Iterable[T], description: str, total: int | None = None, initial: int = 0) -> Iterator[T]:
     """Iterate with a progress bar on standard error: redrawn on a terminal, a line now and then elsewhere."""
     from tqdm import tqdm
@@ -63,6 +68,7 @@ def progress(items: Iterable[T], description: str, total: int | None = None, ini
         file=sys.stderr,
         dynamic_ncols=terminal,
         leave=False,
+        disable=_rank() > 0,
     )
 
 
@@ -75,11 +81,12 @@ def run(stage: Callable[[argparse.Namespace], None], arguments: argparse.Namespa
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if arguments.log:
+    # All processes of a job tell the same; what goes wrong in one of them is shown all the same.
+    if arguments.log and _rank() == 0:
         arguments.log.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(arguments.log, mode="w"))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
     try:
         stage(arguments)
     except (ValueError, FileNotFoundError, PermissionError) as error:

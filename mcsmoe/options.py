@@ -74,8 +74,8 @@ def launcher(processes: int) -> str:
     """
     if processes == 1:
         return "python"
-    # Standalone finds a free port, so that jobs side by side do not meet.
-    return f"python -m torch.distributed.run --standalone --nproc-per-node {processes}"
+    # Standalone finds a free port, so that jobs side by side do not meet; after -- no option of a script is the launcher's.
+    return f"python -m torch.distributed.run --standalone --nproc-per-node {processes} --"
 
 
 def add_tokens(parser: argparse.ArgumentParser) -> None:

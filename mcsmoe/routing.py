@@ -49,6 +49,14 @@ class RoutingStatistics:
         """By layer, number in the stream of the next token."""
         return self._start | {layer: int(statistics.position) for layer, statistics in self.layers.items()}
 
+    def skip(self, tokens: Mapping[LayerId, int]) -> None:
+        """Count tokens of the stream that are collected elsewhere, so that the next ones have the numbers of one pass."""
+        for layer, count in tokens.items():
+            if layer in self.layers:
+                self.layers[layer].position = self.layers[layer].position + count
+            else:
+                self._start[layer] = self._start.get(layer, 0) + count
+
     @torch.no_grad()
     def update(
         self,

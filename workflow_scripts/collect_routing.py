@@ -35,13 +35,13 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe import calibrate, checkpoint, cli_text
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.data.collate import calibration_batches, tokenize
-    from mcsmoe.device import pick
     from mcsmoe.evaluate.encoding import is_causal
     from mcsmoe.routing import RoutingStatistics
     from mcsmoe.tables import read_table, write_table
+    from mcsmoe.train import processes
 
     torch.set_num_threads(arguments.threads)
-    model = checkpoint.load(arguments.model, device=pick(arguments.device))
+    model = checkpoint.load(arguments.model, device=processes.start(arguments.device))
     tokenizer = checkpoint.load_tokenizer(arguments.model)
     rows = read_table(arguments.train, "examples")
     if is_causal(model):
@@ -51,15 +51,18 @@ def main(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
         )
     else:
-        train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens)
+        with processes.main_first():
+            train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens)
         batches = calibration_batches(train, arguments.samples, arguments.batch_size, arguments.seed)
     statistics = calibrate.collect_routing(
         *(model, adapter_for(model), batches, len(batches)),
         RoutingStatistics(reservoir=arguments.reservoir, whiten=arguments.whiten, seed=arguments.seed),
         saliency=arguments.saliency,
     )
-    write_table(arguments.table, calibrate.routing_frame(statistics), "routing")
-    calibrate.save_tensors(arguments.statistics, statistics.tensors())
+    if processes.is_main():
+        write_table(arguments.table, calibrate.routing_frame(statistics), "routing")
+        calibrate.save_tensors(arguments.statistics, statistics.tensors())
+    processes.end()
 
 
 if __name__ == "__main__":

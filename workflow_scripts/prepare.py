@@ -48,8 +48,12 @@ def parse() -> argparse.Namespace:
 
 def take(arguments: argparse.Namespace) -> None:
     """Load the given checkpoint, which checks it, and write it where the workflow expects it."""
+    import os
+
     from mcsmoe import checkpoint, tables
 
+    if os.environ.get("RANK", "0") != "0":
+        return  # nothing is trained, so the processes have nothing to share
     model = checkpoint.load(arguments.checkpoint)
     tokenizer = checkpoint.load_tokenizer(arguments.checkpoint)
     tables.write_table(arguments.training, tables.empty("training"), "training")
@@ -78,6 +82,7 @@ def build(arguments: argparse.Namespace) -> None:
     from mcsmoe import checkpoint
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.tables import write_table
+    from mcsmoe.train import processes
     from mcsmoe.train.loop import Trainer
     from mcsmoe.train.objectives import TaskObjective
     from mcsmoe.train.pretrain import SpanCorruption, build_switch
@@ -86,6 +91,7 @@ def build(arguments: argparse.Namespace) -> None:
     from mcsmoe.train.tokenizer import sentinel_ids, train_tokenizer
 
     torch.set_num_threads(arguments.threads)
+    processes.start(arguments.device)
     settings = options.settings(arguments, "pretrain")
     architecture = fill(arguments.architecture, section("model")["architecture"])
     corpus = texts(arguments)
@@ -110,13 +116,17 @@ def build(arguments: argparse.Namespace) -> None:
         arguments.seed,
     )
     plan = plan_of({**settings, "select_every": 0}, batches.windows, arguments.seed)
-    made_from = signature(__file__, [Path(file) for file in arguments.files] + arguments.examples, **vars(arguments))
+    files = [Path(file) for file in arguments.files] + arguments.examples
+    made_from = signature(__file__, files, processes=processes.count(), **vars(arguments))
     store = StateStore(arguments.state, made_from)
     objective = TaskObjective(adapter_for(model), arguments.balance_weight, arguments.z_weight)
     result = Trainer(model, plan, objective, batches.batch, store, device=arguments.device).run("pre-train")
-    write_table(arguments.training, result.training, "training")
-    checkpoint.save(model.cpu(), arguments.model, tokenizer, provenance={"pretrain": settings, "seed": arguments.seed})
-    store.clear()
+    if processes.is_main():
+        write_table(arguments.training, result.training, "training")
+        about = {"pretrain": settings, "seed": arguments.seed}
+        checkpoint.save(model.cpu(), arguments.model, tokenizer, provenance=about)
+        store.clear()
+    processes.end()
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -145,7 +145,7 @@ def _stored(path: Path | None) -> Tokenised | None:
     try:
         return Tokenised.load(path)
     except ValueError as error:
-        log.warning("%s", error)
+        log.warning("kept tokens are damaged and are made anew: %s", error)
         return None
 
 

@@ -10,16 +10,18 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from mcsmoe.console import progress
 from mcsmoe.tables import SCHEMAS
+from mcsmoe.train import processes
 from mcsmoe.train.state import StateStore
 
 log = logging.getLogger(__name__)
@@ -114,7 +116,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _rows(batch: Batch, piece: int, pieces: int) -> Batch:
-    return {name: tensor[piece::pieces] for name, tensor in batch.items()}
+    # Contiguous: some families flatten their labels by a view.
+    return {name: tensor[piece::pieces].contiguous() for name, tensor in batch.items()}
 
 
 def _cpu_copy(model: nn.Module) -> dict[str, Tensor]:
@@ -144,7 +147,11 @@ class Trainer:
     ) -> None:
         self.plan, self.objective, self.batch_for = plan, objective, batch_for
         self.store, self.pruner, self.select, self.selection_metric = store, pruner, select, selection_metric
-        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=plan.precision)
+        # An expert that no row of a process has chosen has no gradient there, and none at all where no process has one.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(
+            cpu=processes.is_cpu(device), mixed_precision=plan.precision, kwargs_handlers=[unused]
+        )
         self.model = model
         optimizer = torch.optim.AdamW(
             decay_groups(model, plan.weight_decay), lr=plan.learning_rate, betas=plan.betas, eps=plan.epsilon
@@ -152,8 +159,6 @@ class Trainer:
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.history = _Progress()
         self.best: dict[str, Tensor] = {}
-        if pruner is not None and self.accelerator.num_processes > 1:
-            log.info("pruning on %d processes: masks follow from averaged gradients", self.accelerator.num_processes)
 
     # -- state ---------------------------------------------------------------------------------------------------
     def _save(self, step: int) -> None:
@@ -171,6 +176,13 @@ class Trainer:
 
     def _resume(self) -> int:
         found = self.store.load()
+        device = self.accelerator.device
+        steps = processes.gathered(torch.tensor([found[0] if found else 0], device=device)).flatten().tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"state: {self.store.folder} holds the state after step {steps[0]} for one process and after "
+                f"{max(steps[1:])} for another; put results on a file system that all processes see alike"
+            )
         if found is None:
             return 0
         step, tensors, records = found
@@ -197,18 +209,23 @@ class Trainer:
         plan, world, rank = self.plan, self.accelerator.num_processes, self.accelerator.process_index
         batch = self.batch_for(step)
         totals = self.objective.prepare(batch)
+        found = len(batch["labels"])
+        if found < world:
+            raise ValueError(f"a batch of {found} rows cannot be shared by {world} processes; lower processes")
+        accumulation = min(plan.accumulation, found // world)
         torch.manual_seed((plan.seed + 1) * 1_000_003 + step * world + rank)
         for group in self.optimizer.param_groups:
             group["lr"] = plan.rate(step)
-        pieces = world * plan.accumulation
         sums: dict[str, float] = {}
-        for micro in range(plan.accumulation):
-            rows = _rows(batch, micro * world + rank, pieces)
+        for micro in range(accumulation):
+            rows = _rows(batch, micro * world + rank, world * accumulation)
             rows = {name: tensor.to(self.accelerator.device) for name, tensor in rows.items()}
-            with self.accelerator.autocast():
-                terms = self.objective(self.wrapped, rows, totals)
-            # Gradients are averaged over processes; the terms are shares of a sum.
-            self.accelerator.backward(terms["loss"] * world)
+            last = micro == accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                with self.accelerator.autocast():
+                    terms = self.objective(self.wrapped, rows, totals)
+                # Gradients are averaged over processes; the terms are shares of a sum.
+                self.accelerator.backward(terms["loss"] * world)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(term.detach())
         if world > 1:
@@ -225,7 +242,12 @@ class Trainer:
             self.accelerator.clip_grad_norm_(self.model.parameters(), plan.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        kept = self.pruner.apply(step) if self.pruner is not None else math.nan
+        kept = math.nan
+        if self.pruner is not None:
+            if world > 1:  # what falls is one process's decision, whatever the others' last bits are
+                state = processes.from_main(self.pruner.state_dict(), self.accelerator.device)
+                self.pruner.load_state_dict(state)
+            kept = self.pruner.apply(step)
         tokens = sum(int(batch[name].sum()) for name in ("attention_mask",) if name in batch)
         tokens += int((batch["labels"] != -100).sum())
         return {
@@ -246,7 +268,7 @@ class Trainer:
         if self.select is None:
             return
         self.model.eval()
-        value = self.select(self.model)
+        value = processes.value_of_main(self.select(self.model), self.accelerator.device)
         better = value > self.history.best_value
         if better:
             self.history.best_value, self.history.best_step = value, step

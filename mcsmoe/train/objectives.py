@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mcsmoe.adapters.base import Adapter
 from mcsmoe.train.losses import IGNORED, cross_entropy_sum, distillation_sum, load_balance_sum, router_z_sum
+from mcsmoe.train.processes import summed as summed_over_processes
 from mcsmoe.train.teacher import TeacherCache
 from mcsmoe.types import LayerId
 
@@ -59,14 +60,21 @@ class TaskObjective:
         with self.adapter.capture(bare, detach=False) as captured:
             task = cross_entropy_sum(_logits(model, rows), rows["labels"]) / totals.labels
         balance, z = task.new_zeros(()), task.new_zeros(())
-        share = rows["labels"].shape[0] / totals.rows
+        found = {}
         for layer, batch in captured.batches.items():
             logits_TE = batch.logits_TE[batch.valid_T]
             wanted_T = batch.wanted_TK[batch.valid_T].flatten()
-            counts_E = torch.bincount(wanted_T, minlength=logits_TE.shape[1])
+            found[layer] = logits_TE, torch.bincount(wanted_T, minlength=logits_TE.shape[1])
             if self.usage is not None:
-                self.usage(layer, counts_E)
-            tokens = max(1, logits_TE.shape[0]) / share
+                self.usage(layer, found[layer][1])
+        # Load is balanced over the rows of all processes, as one process would see them.
+        sizes = torch.tensor([len(logits_TE) for logits_TE, _ in found.values()] + [len(rows["labels"])])
+        parts = [*(counts_E for _, counts_E in found.values()), sizes.to(task.device)]
+        summed = summed_over_processes(torch.cat(parts)).split([len(part) for part in parts])
+        *tokens_L, seen = summed[-1].tolist()
+        share = seen / totals.rows
+        for (logits_TE, _), counts_E, found_T in zip(found.values(), summed[:-1], tokens_L, strict=True):
+            tokens = max(1, found_T) / share
             balance = balance + load_balance_sum(logits_TE, counts_E) / tokens
             z = z + router_z_sum(logits_TE) / tokens
         balance, z = balance / len(captured.batches), z / len(captured.batches)

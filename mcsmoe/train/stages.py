@@ -21,6 +21,7 @@ from mcsmoe.evaluate.metrics import positive_answer
 from mcsmoe.evaluate.protocols import prepare, selector
 from mcsmoe.provenance import code_digest
 from mcsmoe.tables import read_table, write_table
+from mcsmoe.train import processes
 from mcsmoe.train.loop import Objective, Pruner, Trainer, TrainingPlan, TrainingResult
 from mcsmoe.train.state import StateStore
 from mcsmoe.train.teacher import TeacherCache
@@ -75,15 +76,18 @@ class Job:
                 without the tokens that are needed.
         """
         torch.set_num_threads(arguments.threads)
+        processes.start(arguments.device)
         tokenizer = checkpoint.load_tokenizer(arguments.model)
         rows = read_table(arguments.train, "examples")
+        with processes.main_first():
+            train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens)
         return Job(
             arguments,
             options.settings(arguments, section),
             checkpoint.load(arguments.model),
             tokenizer,
             load_task(arguments.task),
-            tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens),
+            train,
             read_table(arguments.selection, "examples"),
         )
 
@@ -97,7 +101,7 @@ class Job:
         arguments, settings = self.arguments, self.settings
         read = [arguments.model, arguments.train, arguments.selection, *inputs]
         decisive = {key: getattr(arguments, key) for key in ("seed", "device", "protocol")}
-        sign = signature(script, read, settings=settings, **decisive)
+        sign = signature(script, read, settings=settings, processes=processes.count(), **decisive)
         choose = None
         if settings["select_every"] and len(self.selection):
             prepared = prepare(
@@ -120,8 +124,9 @@ class Job:
             device=arguments.device,
         )
         result = trainer.run(f"{Path(script).stem} on {self.task.name}")
-        write_table(arguments.training, result.training, "training")
-        write_table(arguments.selected, result.selection, "selection")
+        if processes.is_main():
+            write_table(arguments.training, result.training, "training")
+            write_table(arguments.selected, result.selection, "selection")
         if len(result.selection):
             best = result.selection.loc[result.selection["best"]].iloc[-1]
             log.info("kept the state after step %d: %s %.4f", best["step"], best["metric"], best["value"])
@@ -129,9 +134,11 @@ class Job:
 
     def save(self, **provenance: Any) -> None:
         """Write the checkpoint, then forget the state it was resumed from."""
-        known = {"task": self.task.name, "seed": self.arguments.seed, "settings": self.settings}
-        checkpoint.save(self.model.cpu(), self.arguments.out, self.tokenizer, {**known, **provenance})
-        StateStore(self.arguments.state, "").clear()
+        if processes.is_main():
+            known = {"task": self.task.name, "seed": self.arguments.seed, "settings": self.settings}
+            checkpoint.save(self.model.cpu(), self.arguments.out, self.tokenizer, {**known, **provenance})
+            StateStore(self.arguments.state, "").clear()
+        processes.end()
 
 
 def signature(script: str | Path, inputs: list[Path], **decisive: Any) -> str:

@@ -1,0 +1,323 @@
+"""One process and two: the same training, the same masks, the same statistics; and only one of them writes.
+
+Sums over a batch are taken in another order by two processes, so weights agree to rounding and not bit for bit. Where a
+random number is drawn for every row (dropout), two processes draw others than one, so these trainings have none.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import two_processes
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mcsmoe import checkpoint, options, routing
+from mcsmoe.calibrate import load_statistics
+from mcsmoe.data.collate import Tokenised
+from mcsmoe.data.sources import load_split
+from mcsmoe.data.tasks import load_task
+from mcsmoe.tables import read_table, write_table
+from mcsmoe.train.pretrain import build_switch
+from mcsmoe.train.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = 1e-5  # largest difference of a weight after the trainings below, learning rate 1e-3; 2e-6 was seen
+LOSSES = 1e-5  # and of a loss; 2e-6 was seen
+
+ARCHITECTURE = {
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 24,
+    "num_heads": 4,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 1,
+    "num_experts": 4,
+    "expert_capacity": 64,
+    "router_jitter_noise": 0.0,
+    "dropout_rate": 0.0,
+}
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert set(one) == set(other)
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def of(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(kind)}
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made together (``*-0``, ``*-1``), and one alone (``one-*``)."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(two_processes.everything, args=(folder, port), nprocs=2)
+    alone = folder / "one"
+    alone.mkdir()
+    two_processes.plain(alone, "plain")
+    two_processes.plain(alone, "pieces", accumulation=4)
+    two_processes.pruned(alone, "pruned")
+    return folder
+
+
+def made(folder: Path, name: str, rank: int = 0) -> dict[str, Tensor]:
+    return load_file(folder / f"{name}-{rank}.safetensors")
+
+
+@pytest.mark.parametrize("name", ["plain", "pieces", "pruned"])
+def test_two_processes_train_like_one(found: Path, name: str) -> None:
+    one, two = made(found / "one", name), made(found, name)
+    assert largest_difference(of("model/", one), of("model/", two)) < WEIGHTS
+    assert largest_difference(of("curve", one), of("curve", two)) < LOSSES
+    # Moments exist for the same weights, and have seen as many gradients.
+    assert set(one) == set(two)
+    assert all(torch.equal(one[key], two[key]) for key in of("step/", one))
+
+
+@pytest.mark.parametrize("name", ["plain", "pieces"])
+def test_an_expert_without_a_token_is_left_alone(found: Path, name: str) -> None:
+    """It has no gradient, which is not a gradient of zero: AdamW would decay it."""
+    two = made(found, name)
+    unused = [key.removeprefix("model/") for key in of("model/", two) if f"expert_{two_processes.UNUSED}" in key]
+    assert unused
+    assert not [key for key in unused if f"exp_avg/{key}" in two]
+    assert sum(key.startswith("exp_avg/") for key in two) > len(unused)
+
+
+@pytest.mark.parametrize("name", ["plain", "pieces", "pruned", "noisy"])
+def test_all_processes_hold_the_same(found: Path, name: str) -> None:
+    main, other = made(found, name, 0), made(found, name, 1)
+    different = [key for key in main if not torch.equal(main[key], other[key])]
+    assert different == []
+
+
+def test_masks_are_those_of_one_process(found: Path) -> None:
+    one, two, noisy = made(found / "one", "pruned"), made(found, "pruned"), made(found, "noisy")
+    masks = of("kept/", one)
+    assert 0.2 < torch.cat([mask.flatten() for mask in masks.values()]).double().mean() < 0.4
+    assert all(torch.equal(mask, two[key]) for key, mask in masks.items())
+    # The noise of the second process would have chosen others, but does not count.
+    assert all(torch.equal(mask, noisy[key]) for key, mask in masks.items())
+
+
+def test_the_state_is_chosen_by_the_main_process(found: Path) -> None:
+    for rank in (0, 1):
+        assert int(made(found, "plain", rank)["best"]) == 2 * two_processes.SELECT_EVERY
+
+
+def test_what_cannot_be_shared_is_refused(found: Path) -> None:
+    for rank in (0, 1):
+        assert "after step 2 for one process and after 0 for another" in (found / f"state-{rank}.txt").read_text()
+        assert "a batch of 1 rows cannot be shared by 2 processes" in (found / f"few-{rank}.txt").read_text()
+
+
+def test_two_jobs_keep_tokens_in_one_folder_at_once(found: Path) -> None:
+    digests = [(found / f"tokens-{rank}.txt").read_text().split() for rank in (0, 1)]
+    assert len(set(digests[0])) == 1
+    assert digests[0] == digests[1]
+    assert len(list((found / "tokens").iterdir())) == 1  # no part of a file is left behind
+
+
+# -- the stages --------------------------------------------------------------------------------------------------
+class Place:
+    """A model, its examples, and the stage scripts run on them by one or two processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        task = load_task("COPA")
+        source = {"kind": "synthetic", "train_rows": 49, "validation_rows": 16}
+        texts: list[str] = []
+        for name, split in (("train", "train"), ("selection", "validation")):
+            examples = task.examples(load_split(source, task, split, 0), split, None)
+            write_table(folder / f"{name}.parquet", examples, "examples")
+            texts += examples["input"].tolist() + examples["target"].tolist()
+        tokenizer = train_tokenizer(texts, 300, 8, True)
+        checkpoint.save(build_switch(ARCHITECTURE, len(tokenizer), 0), folder / "base", tokenizer)
+
+    def command(self, processes: int, script: str, *arguments: str) -> list[str]:
+        launch = options.launcher(processes).split()
+        launch[0] = sys.executable
+        return [*launch, str(ROOT / "workflow_scripts" / f"{script}.py"), *map(str, arguments)]
+
+    def run(self, processes: int, script: str, *arguments: str, expect: int = 0) -> str:
+        done = subprocess.run(
+            *(self.command(processes, script, *arguments),),
+            env=self.environment(),
+            text=True,
+            timeout=300,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert done.returncode == expect, done.stdout[-4000:]
+        return done.stdout
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def training(self, name: str, model: str, **settings: Any) -> list[str]:
+        """Command line of a training stage that writes below ``name``."""
+        place = self.folder / name
+        common = {
+            "model": self.folder / model,
+            "task": "COPA",
+            "train": self.folder / "train.parquet",
+            "selection": self.folder / "selection.parquet",
+            "device": "cpu",
+            "out": place / "model",
+            "training": place / "training.parquet",
+            "selected": place / "selected.parquet",
+            "state": place / "state",
+            "tokens": self.folder / "tokens",
+            "log": place / "log",
+            "max_input": 64,
+            "max_label": 16,
+            "steps": 8,
+            "batch_size": 8,
+            "learning_rate": 1.0e-3,
+            "warmup_steps": 2,
+            "select_every": 4,
+            "save_every": 3,
+            "dropout": True,
+        }
+        return options.as_flags({**common, **settings}).split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    made = Place(tmp_path_factory.mktemp("stages"))
+    for processes in (1, 2):
+        made.run(processes, "finetune", *made.training(f"full{processes}", "base", balance_weight=0.05))
+    limits = ("--max-input", "64", "--max-label", "16", "--tokens", "tokens")
+    made.run(1, "cache_teacher", *f"--model full1/model --train train.parquet --out teacher {' '.join(limits)}".split())
+    for processes in (1, 2):
+        made.run(processes, "recover", *made.training(f"recovered{processes}", "full1/model", teacher="teacher"))
+        compression = {"teacher": "teacher", "rank": 2, "keep": 0.25, "initial_fraction": 0.2, "final_fraction": 0.3}
+        made.run(processes, "compress", *made.training(f"compressed{processes}", "full1/model", **compression))
+        files = f"--table routing{processes}.parquet --statistics routing{processes}.safetensors"
+        # Three batches: the second process has none in the last round.
+        settings = "--samples 40 --batch-size 16 --reservoir 8 --saliency --whiten --device cpu"
+        words = f"--model full1/model --train train.parquet {files} {settings} {' '.join(limits)}"
+        made.run(processes, "collect_routing", *words.split())
+    return made
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in checkpoint.load(folder).named_parameters()}
+
+
+@pytest.mark.workflow
+@pytest.mark.parametrize("stage", ["full", "recovered", "compressed"])
+def test_a_stage_gives_the_same_with_one_process_and_with_two(place: Place, stage: str) -> None:
+    one, two = (place.folder / f"{stage}{processes}" for processes in (1, 2))
+    assert largest_difference(weights(one / "model"), weights(two / "model")) < WEIGHTS
+    curves = [read_table(folder / "training.parquet", "training").drop(columns="seconds") for folder in (one, two)]
+    pd.testing.assert_frame_equal(*curves, rtol=0, atol=LOSSES)
+    pd.testing.assert_frame_equal(*(read_table(folder / "selected.parquet", "selection") for folder in (one, two)))
+    assert not (two / "state").exists()
+    assert (two / "log").read_text().count("kept the state after step") == 1
+
+
+@pytest.mark.workflow
+def test_two_processes_keep_the_rows_that_one_keeps(place: Place) -> None:
+    one, two = (load_file(place.folder / f"compressed{count}" / "model" / "model.safetensors") for count in (1, 2))
+    masks = {name: tensor for name, tensor in one.items() if name.endswith("row_index_N")}
+    assert sum(len(rows) for rows in masks.values()) > 20
+    assert all(torch.equal(rows, two[name]) for name, rows in masks.items())
+
+
+@pytest.mark.workflow
+def test_statistics_over_two_processes_are_those_of_one_pass(place: Place) -> None:
+    one, two = (load_statistics(place.folder / f"routing{processes}.safetensors") for processes in (1, 2))
+    assert list(one.layers) == list(two.layers)
+    exact = {"valid_tokens", "wanted_E", "computed_E", "dropped_E", "saliency_tokens_E", "position"}
+    for name, tensor in one.tensors().items():
+        other = two.tensors()[name]
+        if name == "settings" or name.rpartition("/")[2] in exact or "reservoir" in name:
+            assert torch.equal(tensor, other), name
+        else:
+            assert tensor.dtype == torch.float64, name
+            torch.testing.assert_close(other, tensor, rtol=1e-12, atol=1e-12, msg=name)
+    tables = [read_table(place.folder / f"routing{processes}.parquet", "routing") for processes in (1, 2)]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-12)
+
+
+@pytest.mark.workflow
+def test_a_split_is_tokenised_once(place: Place) -> None:
+    kept = list((place.folder / "tokens").iterdir())
+    assert [file.suffix for file in kept] == [".npz"]
+    assert len(Tokenised.load(kept[0])) == 49
+
+
+@pytest.mark.workflow
+def test_two_killed_processes_end_with_their_launcher_and_resume_to_the_same(place: Place) -> None:
+    settings = {"steps": 40, "save_every": 2, "balance_weight": 0.05}
+    whole, killed = (place.training(name, "base", **settings) for name in ("whole", "killed"))
+    place.run(2, "finetune", *whole)
+    state = place.folder / "killed" / "state"
+    with (place.folder / "killed.txt").open("w") as shown:
+        process = subprocess.Popen(
+            *(place.command(2, "finetune", *killed),), env=place.environment(), stdout=shown, stderr=shown
+        )
+        deadline = time.monotonic() + 120
+        while not list(state.glob("step-*.safetensors")) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.005)
+        workers = children(process.pid)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{worker}/status").exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(worker) for worker in workers)
+    assert not (place.folder / "killed" / "model").exists()
+    place.run(2, "finetune", *killed)
+    assert "resuming after step" in (place.folder / "killed" / "log").read_text()
+    for name in ("whole", "killed"):
+        assert not (place.folder / name / "state").exists()
+    one, other = weights(place.folder / "whole" / "model"), weights(place.folder / "killed" / "model")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.workflow
+def test_an_error_is_one_message_and_ends_both(place: Place) -> None:
+    shown = place.run(2, "finetune", *place.training("bad", "base", max_label=2), expect=1)
+    assert "more than max_label (2)" in shown
+    assert not (place.folder / "bad" / "model").exists()
+
+
+def test_tokens_of_other_processes_are_counted() -> None:
+    """``skip`` before, between and after: positions as in one pass over everything."""
+    statistics = routing.RoutingStatistics(reservoir=2)
+    statistics.skip({"layer": 3})
+    statistics.skip({"layer": 4})
+    assert statistics.position() == {"layer": 7}
