@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mcsmoe.adapters.base import Adapter
-from mcsmoe.artefacts import atomic_file
 from mcsmoe.console import progress
 from mcsmoe.routing import RoutingStatistics
 from mcsmoe.tables import frame_of
+from mcsmoe.tensorfile import read_sealed, write_sealed
 from mcsmoe.train import processes
 from mcsmoe.train.losses import cross_entropy_sum
 from mcsmoe.types import ExpertWeights, LayerId
@@ -156,22 +154,17 @@ def routing_frame(statistics: RoutingStatistics) -> pd.DataFrame:
 
 # -- files -------------------------------------------------------------------------------------------------------
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors atomically as safetensors."""
-    with atomic_file(path) as partial:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    """Write tensors atomically as safetensors, with their digest."""
+    write_sealed(path, tensors)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read every tensor of a safetensors file.
 
     Raises:
-        ValueError: unreadable or damaged; names the file.
+        ValueError: missing, unreadable or altered since it was written; names the file and the remedy.
     """
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
+    return read_sealed(path)[0]
 
 
 def load_statistics(path: Path) -> RoutingStatistics:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from mcsmoe import compact
 from mcsmoe.artefacts import atomic_directory
 from mcsmoe.compact import is_compact, layer_specs
+from mcsmoe.digests import check_sums, write_sums
 from mcsmoe.modules import RedirectedExperts
-from mcsmoe.tensorfile import SHARD_BYTES, TensorFile, TensorInfo, by_alignment, write_tensors
+from mcsmoe.tensorfile import INDEX, SHARD_BYTES, TensorFile, TensorInfo, by_alignment, write_tensors
 from mcsmoe.types import LayerId, LayerSpec
 
 __all__ = ["is_compact", "layer_specs", "load", "load_tokenizer", "save", "skeleton"]
@@ -28,6 +29,7 @@ __all__ = ["is_compact", "layer_specs", "load", "load_tokenizer", "save", "skele
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 PROVENANCE = "provenance.json"
+_OF_MODEL = ("config.json", "generation_config.json", INDEX)
 
 
 # -- saving ------------------------------------------------------------------------------------------------------
@@ -119,6 +121,7 @@ def write_folder(
     digests = write_tensors(folder, infos, ((name, tensor(name)) for name in infos), note, shard_bytes)
     if specs:
         compact.write_config(folder, fields, section, digests)
+        write_sums(folder, digests)
         return
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     if provenance is not None:
@@ -167,6 +170,7 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: str |
             names it.
     """
     folder = _resolve(path)
+    check_sums(folder, lambda name: name in _OF_MODEL)
     config = compact.read_config(folder)
     if compact.SECTION in config:
         return _load_compact(folder, _dtype(dtype), torch.device(device))
@@ -191,6 +195,7 @@ def _load_stock(folder: Path, config: dict[str, Any], dtype: torch.dtype | None,
 
     for file in sorted(folder.glob("*.safetensors")):
         TensorFile(file)
+    check_sums(folder, lambda name: name.endswith(".safetensors"))
     try:
         model, report = model_class(folder, config).from_pretrained(
             folder, dtype="auto" if dtype is None else dtype, output_loading_info=True, use_safetensors=True
@@ -332,11 +337,13 @@ def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer in a checkpoint folder or of a hub model.
 
     Raises:
-        ValueError: there is none; names the folder.
+        ValueError: there is none, or one of its files is altered; names the folder or the file.
     """
     from transformers import AutoTokenizer
 
     folder = _resolve(path)
+    other = (*_OF_MODEL, PROVENANCE)
+    check_sums(folder, lambda name: name not in other and not name.endswith(".safetensors"))
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model")):
         raise ValueError(f"{folder}: no tokenizer (tokenizer.json) beside the model")
     return AutoTokenizer.from_pretrained(folder)

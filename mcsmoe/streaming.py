@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mcsmoe import checkpoint, compact
 from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.artefacts import atomic_directory, digest_files
+from mcsmoe.digests import check_sums
 from mcsmoe.tensorfile import INDEX, SHARD_BYTES, TensorFile, TensorFolder, TensorInfo, by_alignment, write_tensors
 from mcsmoe.types import ExpertWeights, LayerId
 
@@ -38,6 +39,7 @@ class Streamed:
 
     def __init__(self, path: str | Path) -> None:
         self.folder = checkpoint._resolve(path)
+        check_sums(self.folder, lambda name: not name.endswith(".safetensors"))
         config = compact.read_config(self.folder)
         self.compact = compact.SECTION in config
         if self.compact:
@@ -50,6 +52,8 @@ class Streamed:
         else:
             self.model = _stock_skeleton(self.folder, config)
         self.tensors = TensorFolder(self.folder)
+        if not self.compact:
+            check_sums(self.folder, lambda name: name.endswith(".safetensors"))
         self.adapter = adapter_for(self.model)
         self._transforms: list[Any] = []
         self._units: dict[str, list[str]] = {}

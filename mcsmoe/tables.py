@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mcsmoe.artefacts import atomic_file
+from mcsmoe.digests import SEAL, UNSEALED, check_seal, seal
 
 
 def _schema(**columns: tuple[pa.DataType, str]) -> pa.Schema:
@@ -181,19 +182,30 @@ def write_table(path: str | Path, frame: pd.DataFrame, name: str) -> None:
         table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{path}: a column of table {name!r} has the wrong type: {error}") from error
+    write_parquet(path, table)
+
+
+def write_parquet(path: str | Path, table: pa.Table) -> None:
+    """Write ``table`` atomically, with checksums of its pages and, in its metadata, the SHA-256 of the file."""
     # No pandas metadata: the same rows give the same bytes whatever wrote them.
+    table = table.replace_schema_metadata(None)
     with atomic_file(path) as partial:
-        pq.write_table(table.replace_schema_metadata(None), partial, compression="zstd")
+        with pq.ParquetWriter(partial, table.schema, compression="zstd", write_page_checksum=True) as writer:
+            writer.write_table(table)
+            writer.add_key_value_metadata({SEAL: UNSEALED})
+        seal(partial)
 
 
 def read_table(path: str | Path, name: str) -> pd.DataFrame:
     """Read a parquet file and check it against schema ``name``.
 
     Raises:
-        ValueError: unreadable file, or columns or types that are not the schema's; names file and column.
+        ValueError: a file that is missing, unreadable or altered since it was written, or columns or types that are not
+            the schema's; names file and column.
     """
     schema = SCHEMAS[name]
     try:
+        check_seal(path)
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({error}); delete it and run again") from error

@@ -10,13 +10,18 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from mcsmoe.artefacts import atomic_file
+from mcsmoe.digests import SEAL, UNSEALED, check_seal, seal
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -91,9 +96,11 @@ class TensorFile:
             if end != size:
                 raise ValueError(f"it has {size} bytes where its header promises {end}")
         except OSError as error:
-            raise ValueError(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise ValueError(f"{self.path}: cannot be read ({error.strerror}); restore or rebuild it") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path}: truncated or not a safetensors file ({error})") from error
+            raise ValueError(
+                f"{self.path}: truncated or not a safetensors file ({error}); restore or rebuild it"
+            ) from error
 
     def _fill(self, handle: io.FileIO | io.BufferedReader, name: str) -> Tensor:
         info = self.tensors[name]
@@ -191,6 +198,33 @@ class TensorFolder:
 
     def read(self, name: str) -> Tensor:
         return self.where[name].read(name)
+
+
+# -- sealed files ------------------------------------------------------------------------------------------------
+def write_sealed(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors atomically to one safetensors file that carries its own SHA-256 in its metadata."""
+    with atomic_file(path) as partial:
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, partial, {**(metadata or {}), SEAL: UNSEALED})
+        seal(partial)
+
+
+def read_sealed(
+    path: str | Path, believe: Callable[[Mapping[str, str]], bool] = lambda _metadata: True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file; no tensors where the metadata are not to ``believe``.
+
+    Raises:
+        ValueError: missing, unreadable or altered since it was written; names the file and the remedy.
+    """
+    try:
+        check_seal(path)
+        with safe_open(path, framework="pt") as handle:
+            metadata = dict(handle.metadata() or {})
+            names = handle.keys() if believe(metadata) else ()
+            return {name: handle.get_tensor(name) for name in names}, metadata
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
 
 
 def by_alignment(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -7,7 +7,9 @@ only then is the old one deleted, so that a publication killed half-way loses no
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import logging
 import math
 import os
@@ -23,12 +25,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlparse
 
+from mcsmoe.artefacts import explained, unwritable
 from mcsmoe.console import progress
 from mcsmoe.run_record import RunRecord, content_digest, final_metrics, flatten, points, write_artefacts
 
 __all__ = [
     "Publication",
     "RunRecord",
+    "check_published",
     "embedded_uri",
     "final_metrics",
     "publish",
@@ -39,7 +43,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
+DATABASE, ARTIFACTS, MARKER = "mlflow.db", "mlartifacts", "published.json"
 _KEY, _ORIGIN, _DIGEST = "workflow.key", "workflow.origin", "workflow.digest"
 _EMBEDDED = "embedded"
 _METRICS_PER_CALL, _VALUES_PER_CALL = 1000, 100  # limits of MLflow's REST interface
@@ -123,6 +127,8 @@ class _Store:
             self.client = self.mlflow.MlflowClient(tracking_uri=uri)
             self.client.search_experiments(max_results=1)
         except Exception as error:
+            if (told := unwritable(results / DATABASE, error)) is not None:
+                raise told from error
             remedy = (
                 f"move {results / DATABASE} away and publish again"
                 if self.embedded
@@ -204,6 +210,36 @@ def _relocate(database: Path, root: Path) -> None:
         connection.close()
 
 
+def check_published(results: str | Path) -> None:
+    """Check that what ``published.json`` of a results folder names stands whole in the store beside it.
+
+    Raises:
+        ValueError: nothing was published, or the list or the store is missing or damaged; names the file and the remedy.
+    """
+    marker, database = Path(results) / MARKER, Path(results) / DATABASE
+    again = "delete it and run the workflow again, which publishes anew"
+    try:
+        listed = {run["run_id"]: run["key"] for run in json.loads(marker.read_text())["runs"]}
+    except FileNotFoundError as error:
+        raise ValueError(f"{marker}: is missing, so nothing has been published; run the workflow") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{marker}: not a list of published runs ({error}); {again}") from error
+    if not database.is_file():
+        raise ValueError(f"{database}: is missing, which {marker} was published to; delete {marker} and run again")
+    try:
+        with contextlib.closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            query = "SELECT run_uuid, value FROM tags WHERE key = ?"
+            kept = dict(connection.execute(query, (_KEY,)).fetchall()) if state == "ok" else {}
+    except sqlite3.Error as error:
+        state, kept = str(error), {}
+    if state != "ok":
+        raise ValueError(f"{database}: damaged ({state}); move it away, delete {marker} and run again")
+    lost = sorted(key for run, key in listed.items() if kept.get(run) != key)
+    if lost:
+        raise ValueError(f"{marker}: run {lost[0]!r} is not in {database} as it says; {again}")
+
+
 # -- publishing --------------------------------------------------------------------------------------------------
 def publish(store_uri: str | None, results: str | Path, records: Iterable[RunRecord]) -> list[Publication]:
     """Publish ``records``; runs published before from the same results folder are replaced, never doubled.
@@ -221,7 +257,11 @@ def publish(store_uri: str | None, results: str | Path, records: Iterable[RunRec
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ValueError(f"records: {twice[0]!r} is there twice; publish each variant, experts and seed once")
     folder = Path(results).resolve()
-    store = _Store(store_of(folder, store_uri), folder)
+    with explained(folder / DATABASE):
+        return _publish(_Store(store_of(folder, store_uri), folder), made)
+
+
+def _publish(store: _Store, made: list[RunRecord]) -> list[Publication]:
     experiments = {task: store.experiment(task) for task in dict.fromkeys(record.task for record in made)}
     known = {task: store.runs(experiment) for task, experiment in experiments.items()}
     published = []

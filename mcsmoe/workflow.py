@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shlex
@@ -50,10 +51,18 @@ def hold_lock(results: Path) -> None:
     Snakemake's own lock outlives a killed run and would keep the next one from resuming, so the profile switches it off.
 
     Raises:
-        ValueError: another workflow holds it; names the folder.
+        ValueError: another workflow holds it, or it cannot be written; names the folder.
     """
-    results.mkdir(parents=True, exist_ok=True)
-    handle = os.open(results / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        handle = os.open(results / ".lock", os.O_RDWR | os.O_CREAT)
+        if not os.access(results, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(
+            f"results is {str(results)!r}, which cannot be written ({error.strerror}); free some space there, allow this "
+            "user to write there, or choose another folder"
+        ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -17,6 +17,7 @@ import mcsmoe
 from mcsmoe import checkpoint, modules
 from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.artefacts import directory_bytes
+from mcsmoe.digests import SUMS
 from mcsmoe.types import CompressionSpec, ExpertWeights, LowRankFactors
 
 TABLE = torch.tensor([0, 1, 0, 2, 1, 0])
@@ -202,12 +203,16 @@ def _edit(folder: Path, **changes: object) -> None:
             inside = inside[parent]
         inside[last] = value
     (folder / "config.json").write_text(json.dumps(fields))
+    (folder / SUMS).unlink()  # as by someone who means the change
 
 
 def test_an_edited_redirect_table_is_refused(folder: Path) -> None:
     fields = json.loads((folder / "config.json").read_text())
     fields["mcsmoe"]["layers"]["decoder.block.0.layer.2.mlp"]["expert_to_group"][0] = 1
     (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"config\.json: altered"):
+        mcsmoe.load(folder)
+    (folder / SUMS).unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors: was not written for"):
         mcsmoe.load(folder)
 
@@ -243,6 +248,9 @@ def test_a_truncated_or_incomplete_stock_checkpoint_is_refused(tmp_path: Path) -
     tensors = load_file(file)
     gone = "decoder.block.1.layer.2.mlp.experts.expert_3.wi.weight"
     save_file({name: t for name, t in tensors.items() if name != gone}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.safetensors: altered"):
+        mcsmoe.load(tmp_path / "out")
+    (tmp_path / "out" / SUMS).unlink()
     with pytest.raises(ValueError, match=r"1 weights are missing.*expert_3"):
         mcsmoe.load(tmp_path / "out")
     file.write_bytes(file.read_bytes()[:-8])

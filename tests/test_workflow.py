@@ -3,90 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
-import pyarrow.parquet as pq
 import pytest
-import yaml
+from faults.project import TINY, Project, same_results, tables
 
-from mcsmoe.tables import MEASURED, SCHEMAS, read_table
-
-ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["Snakefile", "mcsmoe", "rules", "schemas", "workflow_scripts", "profiles", "envs", "config.yaml"]
-TINY = yaml.safe_load((ROOT / "tests" / "tiny_workflow.yaml").read_text())
+from mcsmoe.tables import SCHEMAS, read_table
 
 pytestmark = pytest.mark.workflow
-
-
-class Project:
-    """A copy of the project in a folder with a space in its name, with a configuration of its own."""
-
-    def __init__(self, place: Path, config: dict[str, Any] | None = None) -> None:
-        self.place = place
-        place.mkdir(parents=True)
-        for part in PARTS:
-            source = ROOT / part
-            if source.is_dir():
-                shutil.copytree(source, place / part, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(source, place / part)
-        self.configure(config or TINY)
-
-    def configure(self, config: dict[str, Any]) -> None:
-        (self.place / "config.yaml").write_text(yaml.safe_dump(config))
-
-    @property
-    def results(self) -> Path:
-        return self.place / "results"
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
-        environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-        return subprocess.Popen(
-            command,
-            cwd=self.place,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self, *arguments: str, expect: int = 0) -> str:
-        process = self.start(*arguments)
-        output, _ = process.communicate(timeout=900)
-        logs = "\n".join(f"== {path}\n{path.read_text()[-1500:]}" for path in self.results.glob("logs/**/*.log"))
-        assert process.returncode == expect, f"{output[-4000:]}\n{logs[-4000:] if expect == 0 else ''}"
-        return output
-
-    def planned(self) -> dict[str, int]:
-        """Jobs per rule that a run would do now."""
-        output = self.run("--dry-run", "--quiet", "rules")
-        if "Nothing to be done" in output:
-            return {}
-        counts = re.findall(r"^(\w+)\s+(\d+)\s*$", output, re.MULTILINE)
-        return {rule: int(count) for rule, count in counts if rule not in ("total", "all")}
-
-    def kill_when(self, ready: Any, *arguments: str) -> None:
-        """Start the workflow and end its whole process group without warning as soon as ``ready`` says so."""
-        process = self.start(*arguments)
-        deadline = time.monotonic() + 300
-        while not ready() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.003)
-        assert process.poll() is None, f"it ended before it could be killed:\n{process.communicate()[0][-3000:]}"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -96,26 +23,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
     assert "MLflow:" in output
     assert "report.html" in output
     return project
-
-
-def tables(project: Project) -> dict[str, Path]:
-    return {str(path.relative_to(project.results)): path for path in sorted(project.results.rglob("*.parquet"))}
-
-
-def same_tables(one: Project, other: Project) -> None:
-    """Every parquet file agrees in all but the columns that a clock or a scale has measured."""
-    assert set(tables(one)) == set(tables(other))
-    for name, path in tables(one).items():
-        left, right = (pq.read_table(file).to_pandas() for file in (path, tables(other)[name]))
-        measured = [column for column in MEASURED if column in left.columns]
-        pd.testing.assert_frame_equal(left.drop(columns=measured), right.drop(columns=measured), obj=name)
-
-
-def same_weights(one: Project, other: Project) -> None:
-    files = sorted(path.relative_to(one.results) for path in one.results.rglob("*.safetensors"))
-    assert len(files) > 8
-    for file in files:
-        assert (one.results / file).read_bytes() == (other.results / file).read_bytes(), file
 
 
 def test_artefacts_have_their_schemas_and_checkpoints_load(done: Project) -> None:
@@ -211,8 +118,7 @@ def test_a_killed_training_resumes_and_ends_the_same(done: Project, tmp_path: Pa
     killed.run()
     assert any("resuming after step" in path.read_text() for path in (killed.results / "logs" / rule).rglob("*.log"))
     assert not state.exists()
-    same_tables(done, killed)
-    same_weights(done, killed)
+    same_results(done, killed)
 
 
 def test_bad_input_touches_nothing(done: Project) -> None:

@@ -20,8 +20,10 @@ def parse() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from mcsmoe.tracking import ui_command
+    from mcsmoe.tracking import check_published, embedded_uri, store_of, ui_command
 
+    if store_of(arguments.results) == embedded_uri(arguments.results):
+        check_published(arguments.results)
     words = shlex.split(ui_command(arguments.results, port=arguments.port))
     os.execvp(words[0], words)
 

@@ -119,6 +119,9 @@ def _read(path: Path, task: Task) -> Any:
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
+        from mcsmoe.digests import check_seal
+
+        check_seal(path)
         return pq.read_table(path, columns=names)
     # The types are given, not guessed: text that looks like a date or a number stays text.
     schema = arrow_schema(task.columns)

@@ -172,18 +172,16 @@ def write_rows(path: str | Path, frame: pd.DataFrame, task: Task) -> None:
         ValueError: a column is missing or does not convert; names it.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    from mcsmoe.artefacts import atomic_file
     from mcsmoe.data.columns import arrow_schema
+    from mcsmoe.tables import write_parquet
 
     schema = arrow_schema(task.columns)
     try:
         table = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
     except (KeyError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{path}: rows of {task.name} do not have the hub's columns ({error})") from error
-    with atomic_file(path) as partial:
-        pq.write_table(table.replace_schema_metadata(None), partial, compression="zstd")
+    write_parquet(path, table)
 
 
 # -- pre-training text -------------------------------------------------------------------------------------------

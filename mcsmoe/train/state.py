@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mcsmoe.artefacts import atomic_file
+from mcsmoe.tensorfile import read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +33,7 @@ class StateStore:
         """Write the state after ``step``; older states go once it is on disk."""
         metadata = {"signature": self.signature, "step": str(step), "records": json.dumps(records)}
         target = self.folder / f"step-{step:09d}.safetensors"
-        with atomic_file(target) as partial:
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        write_sealed(target, tensors, metadata)
         for file in self.folder.glob("*"):
             if file != target:
                 file.unlink(missing_ok=True)
@@ -45,14 +42,12 @@ class StateStore:
         """(step, tensors, records) of the newest whole state with this signature, or None to start from the beginning."""
         for file in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
             try:
-                with safe_open(file, framework="pt") as handle:
-                    metadata = handle.metadata() or {}
-                    if metadata.get("signature") != self.signature:
-                        log.info("the saved state %s belongs to other settings or code; starting afresh", file)
-                        continue
-                    tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
-            except (SafetensorError, OSError) as error:
-                log.warning("the saved state %s is damaged (%s); it is ignored", file, error)
+                tensors, metadata = read_sealed(file, lambda found: found.get("signature") == self.signature)
+            except ValueError as error:
+                log.warning("the saved state is damaged and is ignored: %s", error)
+                continue
+            if metadata.get("signature") != self.signature:
+                log.info("the saved state %s belongs to other settings or code; starting afresh", file)
                 continue
             return int(metadata["step"]), tensors, json.loads(metadata["records"])
         return None

@@ -7,6 +7,7 @@ sees the online teacher's logits without paying for its forward pass in any epoc
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from mcsmoe.artefacts import atomic_directory
 from mcsmoe.console import progress
+from mcsmoe.digests import check_sums
 from mcsmoe.train.losses import IGNORED
 
 _STATES, _OFFSETS, _OUTPUT, _INFO = "states.npy", "offsets.npy", "output.safetensors", "teacher.json"
@@ -26,11 +28,12 @@ class TeacherCache:
     """Read-only view of a cache folder; states are memory-mapped, so its size does not count as memory.
 
     Raises:
-        ValueError: a file is missing or damaged, or the cache is of other examples; names the folder.
+        ValueError: a file is missing, damaged or altered, or the cache is of other examples; names it.
     """
 
     def __init__(self, folder: str | Path, examples_digest: str | None = None) -> None:
         self.folder = Path(folder)
+        check_sums(self.folder)
         try:
             self.info: dict[str, Any] = json.loads((self.folder / _INFO).read_text())
             self.offsets = np.load(self.folder / _OFFSETS)
@@ -54,6 +57,12 @@ class TeacherCache:
             self.weight_VD = self.weight_VD.to(device)
             self.bias_V = None if self.bias_V is None else self.bias_V.to(device)
         return torch.nn.functional.linear(states_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
+
+
+def _reserve(file: Path) -> None:
+    """Take the blocks of a file from the disk now: a full disk would end a process that writes to mapped memory."""
+    with file.open("rb+") as handle:
+        os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
 
 
 @torch.no_grad()
@@ -85,6 +94,7 @@ def cache_teacher(
             states = np.lib.format.open_memmap(
                 partial / _STATES, mode="w+", dtype=np.float32, shape=(int(offsets[-1]), output.weight.shape[1])
             )
+            _reserve(partial / _STATES)
             for indices in progress(batches, "teacher"):
                 batch = {name: tensor.to(device) for name, tensor in batch_of(indices).items()}
                 seen.clear()
