@@ -83,8 +83,14 @@ def run(stage: Callable[[argparse.Namespace], None], arguments: argparse.Namespa
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     # All processes of a job tell the same; what goes wrong in one of them is shown all the same.
     if arguments.log and _rank() == 0:
-        arguments.log.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(arguments.log, mode="w"))
+        try:
+            arguments.log.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(arguments.log, mode="w"))
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}); free some space or allow this user to write there"
+            sys.exit(f"error: {arguments.log}: {reason}, and run again")
+    # A log that cannot take another line must not bury what is shown in tracebacks of its own.
+    logging.raiseExceptions = False
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     log.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
     try:
