@@ -22,7 +22,7 @@ __all__ = ["LayerStatistics", "RoutingStatistics"]
 
 _SETTINGS = "settings"
 _CHUNK = 32  # rows summed at once
-_BLOCK_BYTES = {"cpu": 2**18}  # of float64 inputs gathered at once: what the cache holds; else what fills a GPU
+_BLOCK_BYTES = {"cpu": 2**20}  # of float64 inputs gathered at once: what the cache holds; else what fills a GPU
 
 
 class RoutingStatistics:

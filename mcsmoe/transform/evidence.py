@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ class Evidence:
             from mcsmoe.tables import read_table
 
             for layer, rows in read_table(permutation, "permutation").groupby("layer", sort=False):
-                moved[str(layer)] = torch.tensor(rows.sort_values("expert")["permutation"].tolist())
+                moved[str(layer)] = torch.from_numpy(np.stack(rows.sort_values("expert")["permutation"].tolist()).astype(np.int64))
         found = {} if gradients is None else load_tensors(gradients)
         return Evidence(load_statistics(routing), found, moved)
 
