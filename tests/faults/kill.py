@@ -170,14 +170,19 @@ def _stages(leader: int) -> list[str]:
     return sorted(found)
 
 
-def _alive_in_session(leader: int) -> int:
-    alive = 0
-    for process in psutil.process_iter():
-        try:
-            alive += os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
-        except (psutil.Error, OSError):
-            continue
-    return alive
+def _alive_in_session(leader: int, grace: float = 5.0) -> int:
+    """Processes of a session that go on although they were killed; giving their memory back may take a moment."""
+    until = time.monotonic() + grace
+    while True:
+        alive = 0
+        for process in psutil.process_iter():
+            try:
+                alive += os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
+            except (psutil.Error, OSError):
+                continue
+        if not alive or time.monotonic() > until:
+            return alive
+        time.sleep(0.05)
 
 
 def frame(harness: Harness) -> pd.DataFrame:
