@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
@@ -330,6 +329,9 @@ def _solve(similarity_FF: NDArray[np.floating]) -> tuple[NDArray[np.int64], floa
     # Measured from the best row of each column, a column whose best row is free costs nothing: where experts correspond
     # the solver's search for a shortest path stops at once. The optimum is the same, the type the solver's own.
     cost_FF = np.subtract(similarity_FF.max(axis=0), similarity_FF, dtype=np.float64)
+    # Not at the top: stages that only read an alignment would wait for it a third of a second each.
+    from scipy.optimize import linear_sum_assignment
+
     rows_F, order_F = linear_sum_assignment(cost_FF)
     gained = float(cost_FF.trace() - cost_FF[rows_F, order_F].sum())
     if gained <= 0.0:
