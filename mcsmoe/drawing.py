@@ -28,7 +28,10 @@ _FIXED = {
     "git-rebasin": "#8c6d31",
     "hc-smoe": "#7b5bd6",
 }
-_SPARE = ("#e69f00", "#56b4e9", "#8c6d31", "#7b5bd6", "#b0b23a", "#5f7c8a", "#a8323e", "#2f8f8f")
+_SPARE = (
+    *("#e69f00", "#56b4e9", "#8c6d31", "#7b5bd6", "#b0b23a", "#5f7c8a", "#a8323e", "#2f8f8f"),
+    *("#c44e9b", "#4c6fdb", "#6b4f2a", "#e2758a", "#3d9b35", "#9aa0a6"),
+)
 _STYLE = {
     "font.size": 9.5,
     "font.family": ["DejaVu Sans"],
@@ -140,7 +143,11 @@ def label_of(variant: str, experts: int) -> str:
 
 
 def legend_below(figure: Figure, handles: list[Any], labels: list[str], columns: int = 3) -> None:
-    """One legend under the axes, in columns."""
+    """One legend under the axes, in as many columns as its longest name leaves room for."""
+    room = int(
+        figure.get_figwidth() * 14 // (max(map(len, labels), default=1) + 5)
+    )  # 14 letters to the inch, 5 a handle
+    columns = min(columns, max(1, room))
     figure.legend(
         handles, labels, loc="outside lower center", ncols=max(1, min(columns, len(labels))), handlelength=1.8
     )

@@ -70,9 +70,8 @@ def tradeoff(summary: pd.DataFrame, title: str = "") -> Figure:
                 color=contrast(colour[row["variant"]]), zorder=3.5 + order, fontweight="bold", in_layout=False,
             )  # fmt: skip
     sizes = summary["bytes_on_disk"].to_numpy(dtype=float) / 1e6
-    extent = max(float(np.ptp(sizes)), 1e-3 * float(sizes.max()))
-    shown = sizes + shifts * extent / _AXIS_POINTS
-    axes.set_xlim(max(0.0, shown.min() - 0.09 * extent), shown.max() + 0.07 * extent)
+    low, high = _limits(sizes, shifts)
+    axes.set_xlim(max(0.0, low), high)
     metric = str(summary["metric"].iloc[0])
     # By hand: matplotlib does not scale to marks that were shifted.
     bottom, top = float(summary["ci_low"].min()), float(summary["ci_high"].max())
@@ -85,13 +84,26 @@ def tradeoff(summary: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
+def _limits(sizes: np.ndarray, shifts: np.ndarray) -> tuple[float, float]:
+    """Ends of an axis on which marks at ``sizes``, moved by ``shifts`` points, all stand.
+
+    A shift is worth the more megabytes the longer the axis is, so both are found together.
+    """
+    extent = max(float(np.ptp(sizes)), 1e-3 * float(sizes.max()))
+    low, high = float(sizes.min()), float(sizes.min()) + extent
+    for _ in range(60):
+        shown = sizes + shifts * (high - low) / (1.16 * _AXIS_POINTS)
+        low, high = float(shown.min()) - 0.09 * (high - low), float(shown.max()) + 0.07 * (high - low)
+    return low, high
+
+
 def _side_by_side(sizes: np.ndarray) -> np.ndarray:
     """Smallest shifts (points, in squares) that put marks of about one size next to each other, not over each other."""
     from scipy.optimize import isotonic_regression
 
     places = _AXIS_POINTS * sizes / max(float(np.ptp(sizes)), 1e-3 * float(sizes.max()))
     order = np.argsort(places, kind="stable")
-    room = min(12.0, _AXIS_POINTS / len(sizes)) * np.arange(len(sizes))
+    room = min(12.0, 0.6 * _AXIS_POINTS / len(sizes)) * np.arange(len(sizes))
     shifts = np.zeros(len(sizes))
     # Places at least `room` apart: the increasing sequence nearest to what is left when the room is taken away.
     shifts[order] = isotonic_regression(places[order] - room).x + room - places[order]

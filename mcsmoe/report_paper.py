@@ -169,9 +169,14 @@ def differences(task: str, config: Mapping[str, Any], setting: str) -> Iterator[
     if setting == published.FINE_TUNED:
         choice = load_task(task).published
         wanted = {section: dict(values) for section, values in _SETTINGS.items()}
+        chosen = [methods.resolve(config)[variant] for variant in config["variants"]]
+        if not any(method.compress for method in chosen):
+            del wanted["compress"]
         wanted["finetune"] = {"batch_size": choice.batch_size, "learning_rate": choice.learning_rate}
         for section, values in wanted.items():
             settings = configuration.stage_settings(config, section, task)
             for key, value in values.items():
-                if value is not None and not math.isclose(settings[key], value):
+                if key == "steps" and not settings["steps"]:
+                    yield f"{section} takes {settings['epochs']:g} epochs, not {value:g} steps"
+                elif value is not None and not math.isclose(settings[key], value):
                     yield f"{section}.{key} is {settings[key]:g}, not {value:g}"

@@ -77,9 +77,13 @@ def words_for_task(rows: pd.DataFrame) -> list[str]:
     else:
         said.append("No variant was found to be as good as the full model.")
     for phrase in ("Better", "Within noise", "Worse", "Worse with some seeds", "Not compared"):
-        found = [f"{each['name']} ({signed(each['difference'])})" for each in methods if each["verdict"] == phrase]
+        found = [each for each in methods if each["verdict"] == phrase]
+        sizes = {each["with"] for each in found}
+        # A long list of one size names the size once.
+        once = len(found) > 3 and len(sizes) == 1
+        names = [f"{each['variant' if once else 'name']} ({signed(each['difference'])})" for each in found]
         if found:
-            said.append(f"{phrase}: {join(found)}.")
+            said.append(f"{phrase}{f', {sizes.pop()}' if once else ''}: {join(names)}.")
     half = float(((reference["ci_high"] - reference["ci_low"]) / 2).mean())
     said.append(
         f"With {n} examples the full model's own score is only known to ±\u00a0{number(half)}, "
@@ -99,8 +103,11 @@ def _judged(part: pd.DataFrame) -> dict[str, Any]:
         verdict = "Not compared"
     elif verdicts.count("better") == len(verdicts):
         verdict = "Better"
+    size = f"with {row['experts']} expert{'' if row['experts'] == 1 else 's'}"
     return {
-        "name": f"{row['variant']} with {row['experts']} expert{'' if row['experts'] == 1 else 's'}",
+        "name": f"{row['variant']} {size}",
+        "variant": row["variant"],
+        "with": size,
         "verdict": verdict,
         "value": float(part["value"].mean()),
         "difference": float(part["difference"].mean()),

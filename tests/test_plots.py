@@ -56,6 +56,21 @@ def test_marks_of_one_size_do_not_overlap(summary: pd.DataFrame) -> None:
         assert left <= points[i, 0] <= right
 
 
+def test_many_methods_with_long_names_stay_inside_the_figure() -> None:
+    variants = ("full", "mcsmoe", *(f"similarity-by-feature-{number}" for number in range(14)))
+    table = fake_results.summary(tasks=("sst2",), variants=variants, ratios=(8,))
+    figure = plots.tradeoff(table)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    at = [bars.lines[0].get_transform().transform(bars.lines[0].get_xydata())[0][0] for bars in axes.containers]
+    assert axes.bbox.x0 <= min(at)
+    assert max(at) <= axes.bbox.x1
+    legend = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= legend.x0
+    assert legend.x1 <= figure.bbox.x1
+    assert len({bars.lines[0].get_color() for bars in axes.containers}) == len(variants)
+
+
 def test_usage_shows_percentages_of_each_layer() -> None:
     routing = fake_results.routing(3)
     axes, bar = plots.usage(routing).axes

@@ -149,6 +149,13 @@ def test_words_say_what_was_kept_and_what_was_lost() -> None:
     assert "not that there is none" in said
 
 
+def test_a_long_list_of_one_size_names_the_size_once() -> None:
+    variants = ("full", "msmoe", "mcsmoe", "one", "two", "three", "pruning")
+    said = " ".join(report_words.words_for_task(fake_results.summary(tasks=("sst2",), variants=variants, ratios=(4,))))
+    assert "Within noise, with 4 experts: msmoe (−0.004), mcsmoe (−0.012), one (−0.020), two" in said
+    assert "Worse: pruning with 4 experts (−0.090)." in said
+
+
 def test_words_do_not_praise_what_is_worse() -> None:
     rows = fake_results.summary(tasks=("sst2",))
     rows["verdict"] = rows["verdict"].replace("within noise", "worse")
