@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configurations.md"
 FILES = {"config.yaml": ROOT / "config.yaml"} | {file.stem: file for file in sorted((ROOT / "config").glob("*.yaml"))}
 PAPER = ("paper", "paper_compat", "ablations")
-NEEDS_FILES = ("sst2", "real")
+NEEDS_FILES = ("sst2", "real", "methods")
 SHARED = Path(os.environ.get("MCSMOE_SHARED", ROOT.parent / "shared")).resolve()
 
 # In a module that Python imports at start: whatever reaches for a network fails.
