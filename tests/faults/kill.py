@@ -41,6 +41,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     parser.add_argument("--earliest", type=float, default=1.0, help="seconds after the start (default: %(default)s)")
     parser.add_argument("--latest", type=float, default=14.0, help="seconds after the start (default: %(default)s)")
+    parser.add_argument(
+        "--aimed",
+        action="store_true",
+        help="kill every stage in turn, at a random moment of the time it takes undisturbed (--kills: how many, from the "
+        "first stage on; 0 is all)",
+    )
     parser.add_argument("--work", type=Path, default=Path("/tmp/mcsmoe-kills"), help="folder (default: %(default)s)")
     parser.add_argument(
         "--report", type=Path, help="written: this name with .parquet and .md (default: kills in the work folder)"
@@ -65,14 +71,20 @@ class Harness:
         sys.exit("stopped; start it again with the same --work to go on")
 
     # -- the workflow --------------------------------------------------------------------------------------------
-    def session(self, project: Project, seconds: float | None) -> dict[str, Any]:
-        """One start of the workflow, killed after ``seconds``; what was running then, and what had finished."""
+    def session(self, project: Project, seconds: float | None, stage: str | None = None) -> dict[str, Any]:
+        """One start of the workflow, killed after ``seconds``; what was running then, and what had finished.
+
+        With ``stage`` the seconds begin when that stage is seen running.
+        """
         log = project.place / f"session-{len(list(project.place.glob('session-*'))):03d}.txt"
         started = time.monotonic()
         with log.open("w") as output:
             self.process = project.start(output=output)
         running: list[str] = []
         deadline = started + (900 if seconds is None else seconds)
+        while stage is not None and self.process.poll() is None and stage not in _stages(self.process.pid):
+            time.sleep(0.02)
+            deadline = time.monotonic() + (seconds or 0.0)
         while self.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         killed = self.process.poll() is None
@@ -104,32 +116,49 @@ class Harness:
     def run(self) -> None:
         """All kills, then the run that finishes."""
         reference = self.reference()
+        stages = self.stages(reference)
+        if self.arguments.aimed and not self.arguments.kills:
+            self.arguments.kills = len(stages)
         bar = tqdm(total=self.arguments.kills, initial=len(self.records), desc="kills", unit="kill", mininterval=0)
         while True:
             enough = len(self.records) >= self.arguments.kills
             if enough and self.rounds and len(self.rounds) > max(one["round"] for one in self.records):
                 break
-            self.one(reference, enough)
+            aim = list(stages)[len(self.records) % len(stages)] if self.arguments.aimed and not enough else None
+            self.one(reference, enough, aim, stages.get(aim or "", 0.0))
             bar.update(len(self.records) - bar.n)
             bar.set_postfix_str(f"round {len(self.rounds)}")
         bar.close()
 
-    def one(self, reference: Project, enough: bool) -> None:
-        """One start: killed at a random moment, or run to the end."""
+    @staticmethod
+    def stages(reference: Project) -> dict[str, float]:
+        """Seconds that each stage took undisturbed, in the order they finished."""
+        order = dict.fromkeys(json.loads((reference.place / "done.json").read_text()))
+        files = {rule: sorted((reference.results / "benchmarks" / rule).rglob("*.tsv")) for rule in order}
+        return {rule: float(pd.read_csv(found[0], sep="\t")["s"].iloc[-1]) for rule, found in files.items() if found}
+
+    def one(self, reference: Project, enough: bool, aim: str | None, takes: float) -> None:
+        """One start: killed at a random moment (of stage ``aim``, which takes so many seconds), or run to the end."""
         number = len(self.records)
         project = Project(self.work / f"round-{len(self.rounds)}")
         draw = np.random.default_rng((self.arguments.seed, number))
-        moment = draw.uniform(self.arguments.earliest, self.arguments.latest)
-        found = self.session(project, None if enough else float(moment))
+        moment = (
+            draw.uniform(0.0, min(takes, self.arguments.latest))
+            if aim
+            else draw.uniform(self.arguments.earliest, self.arguments.latest)
+        )
+        found = self.session(project, None if enough else float(moment), aim)
         if found["killed"]:
             record = {key: found[key] for key in ("seconds", "running", "finished", "survivors")}
-            record |= {"kill": number, "round": len(self.rounds)}
+            record |= {"kill": number, "round": len(self.rounds), "aim": aim or ""}
             record["artefacts"] = len(list(artefacts(project.results)))
             record["half_made"] = half_made(project.results)
             _add(self.work / "kills.jsonl", self.records, record)
             return
         if found["status"] != 0:
             raise SystemExit(f"round {len(self.rounds)} did not go on after a kill:\n{found['text'][-4000:]}")
+        if aim:  # it was over before the kill; the stages after it are next
+            _add(self.work / "kills.jsonl", self.records, _missed(number, len(self.rounds), aim))
         mine = [one for one in self.records if one["round"] == len(self.rounds)]
         jobs = collections.Counter(found["finished"] + [rule for one in mine for rule in one["finished"]])
         expected = collections.Counter(json.loads((reference.place / "done.json").read_text()))
@@ -145,6 +174,11 @@ class Harness:
         _add(self.work / "rounds.jsonl", self.rounds, outcome)
         if not outcome["differences"]:
             shutil.rmtree(project.results)
+
+
+def _missed(number: int, round_: int, aim: str) -> dict[str, Any]:
+    nothing: dict[str, Any] = {"running": [], "finished": [], "half_made": []}
+    return {"kill": number, "round": round_, "aim": aim, "seconds": 0.0, "survivors": 0, "artefacts": 0, **nothing}
 
 
 # -- records -----------------------------------------------------------------------------------------------------
@@ -194,7 +228,7 @@ def frame(harness: Harness) -> pd.DataFrame:
         rows.append(
             {
                 **{key: one[key] for key in ("kill", "round", "seconds", "artefacts", "survivors")},
-                "running": ", ".join(one["running"]),
+                "running": ", ".join(one["running"]) or f"(missed {one.get('aim')})",
                 "half_made": len(one["half_made"]),
                 "outcome": "same bits" if not end["differences"] else "; ".join(end["differences"]),
             }
