@@ -167,6 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--left", type=int, nargs="*", default=[], help="bytes that the workflow finds; one run for each"
     )
+    parser.add_argument("--no-saves", action="store_true", help="leave out the saves of single artefacts")
     parser.add_argument("--work", type=Path, default=Path("/tmp/mcsmoe-disk"), help="folder (default: %(default)s)")
     parser.add_argument("--reference", type=Path, help="project with finished results (default: one is run)")
     parser.add_argument("--report", type=Path, default=Path("disk"), help="written: this name with .parquet and .md")
@@ -179,7 +180,8 @@ def main() -> None:
     found: list[Outcome] = []
     try:
         with small_disk(16) as disk:
-            found += list(tqdm(saves(disk), total=3 * len(SPECIMENS), desc="saves"))
+            if not arguments.no_saves:
+                found += list(tqdm(saves(disk), total=3 * len(SPECIMENS), desc="saves"))
     except NotPermitted as error:
         sys.exit(str(error))
     if arguments.left:
