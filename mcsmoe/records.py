@@ -32,9 +32,11 @@ def records(found: Results, summary: pd.DataFrame) -> list[RunRecord]:
         figures: dict[str, Any] = {"usage": partial(plots.usage, routing)}
         if run.groups is not None:
             tables["groups"] = read_table(run.groups, "groups")
-            tables["similarity"] = read_table(run.groups.with_name("similarity.parquet"), "similarity")
             figures["groups"] = partial(plots.grouping, tables["groups"])
-            figures["similarity"] = partial(plots.similarity, tables["similarity"])
+            # Task-specific pruning compares no experts.
+            if known[run.variant].merge != methods.TASK_SPECIFIC:
+                tables["similarity"] = read_table(run.groups.with_name("similarity.parquet"), "similarity")
+                figures["similarity"] = partial(plots.similarity, tables["similarity"])
         made.append(
             RunRecord(
                 *(run.task, run.variant, run.experts, run.seed),
