@@ -53,7 +53,11 @@ ARCHITECTURE = {
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert set(one) == set(other)
-    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+    apart = [(one[name].double() - other[name].double()).abs() for name in one]
+    # A router's mask is minus infinity in both.
+    return max(
+        float(gap.masked_fill(one[name] == other[name], 0.0).max()) for name, gap in zip(one, apart, strict=True)
+    )
 
 
 def of(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -74,6 +78,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two_processes.plain(alone, "plain")
     two_processes.plain(alone, "pieces", accumulation=4)
     two_processes.pruned(alone, "pruned")
+    two_processes.experts_fall(alone, "fallen")
     return folder
 
 
@@ -81,7 +86,7 @@ def made(folder: Path, name: str, rank: int = 0) -> dict[str, Tensor]:
     return load_file(folder / f"{name}-{rank}.safetensors")
 
 
-@pytest.mark.parametrize("name", ["plain", "pieces", "pruned"])
+@pytest.mark.parametrize("name", ["plain", "pieces", "pruned", "fallen"])
 def test_two_processes_train_like_one(found: Path, name: str) -> None:
     one, two = made(found / "one", name), made(found, name)
     assert largest_difference(of("model/", one), of("model/", two)) < WEIGHTS
@@ -101,7 +106,7 @@ def test_an_expert_without_a_token_is_left_alone(found: Path, name: str) -> None
     assert sum(key.startswith("exp_avg/") for key in two) > len(unused)
 
 
-@pytest.mark.parametrize("name", ["plain", "pieces", "pruned", "noisy"])
+@pytest.mark.parametrize("name", ["plain", "pieces", "pruned", "noisy", "fallen"])
 def test_all_processes_hold_the_same(found: Path, name: str) -> None:
     main, other = made(found, name, 0), made(found, name, 1)
     different = [key for key in main if not torch.equal(main[key], other[key])]
@@ -115,6 +120,13 @@ def test_masks_are_those_of_one_process(found: Path) -> None:
     assert all(torch.equal(mask, two[key]) for key, mask in masks.items())
     # The noise of the second process would have chosen others, but does not count.
     assert all(torch.equal(mask, noisy[key]) for key, mask in masks.items())
+
+
+def test_the_same_experts_fall(found: Path) -> None:
+    one, two = made(found / "one", "fallen"), made(found, "fallen")
+    assert all(int(alive_E.sum()) == 3 for alive_E in of("alive/", one).values())
+    for kind in ("alive/", "usage/"):  # of counts, which add up exactly
+        assert all(torch.equal(tensor, two[key]) for key, tensor in of(kind, one).items())
 
 
 def test_the_state_is_chosen_by_the_main_process(found: Path) -> None:

@@ -20,6 +20,7 @@ from mcsmoe.train import processes
 from mcsmoe.train.loop import Trainer, TrainingPlan, TrainingResult
 from mcsmoe.train.objectives import TaskObjective
 from mcsmoe.train.state import StateStore
+from mcsmoe.train.task_specific import UsagePruner
 from mcsmoe.train.tokenizer import train_tokenizer
 from mcsmoe.transform.compress import split_experts
 
@@ -39,10 +40,15 @@ def plan(**changes: Any) -> TrainingPlan:
 
 def train(folder: Path, model: nn.Module, pruner: Any = None, **changes: Any) -> tuple[Trainer, TrainingResult]:
     adapter = adapter_for(model)
-    balance = 0.0 if changes.get("accumulation", 1) > 1 else 0.1
+    balance, usage = 0.0 if changes.get("accumulation", 1) > 1 else 0.1, getattr(pruner, "count", None)
     values = iter(VALUES[processes.rank()])
     trainer = Trainer(
-        *(model, plan(select_every=SELECT_EVERY, **changes), TaskObjective(adapter, balance, 0.01 * balance), batch),
+        *(
+            model,
+            plan(select_every=SELECT_EVERY, **changes),
+            TaskObjective(adapter, balance, 0.01 * balance, usage),
+            batch,
+        ),
         StateStore(folder / "state", "test"),
         pruner=pruner,
         select=None if pruner else lambda _: next(values),
@@ -68,7 +74,10 @@ def keep(file: Path, trainer: Trainer, result: TrainingResult, pruner: Any = Non
         made |= {f"{key}/{names[id(parameter)]}": torch.as_tensor(value) for key, value in moments.items()}
     curve = result.training.drop(columns="seconds").to_numpy(dtype="float64")
     made |= {"curve": torch.from_numpy(curve).nan_to_num(-1.0), "best": torch.tensor(result.best_step)}
-    if pruner is not None:
+    if isinstance(pruner, UsagePruner):
+        made |= {f"alive/{layer}": alive_E for layer, alive_E in pruner.pruner.alive.items()}
+        made |= {f"usage/{layer}": share_E for layer, share_E in pruner.average.frequency.items()}
+    elif pruner is not None:
         made |= {f"kept/{name}": (residual != 0).any(dim=2) for name, residual in pruner.residuals.items()}
     save_file({name: tensor.clone().contiguous() for name, tensor in made.items()}, file)
 
@@ -92,6 +101,14 @@ def pruned(folder: Path, name: str, noise: float = 0.0) -> None:
                 score.mul_(1 + noise * torch.rand(score.shape, generator=torch.Generator().manual_seed(number)))
 
         pruner.observe = noisy  # type: ignore[method-assign]
+    keep(folder / f"{name}-{processes.rank()}.safetensors", *train(folder / name, model, pruner), pruner)
+
+
+def experts_fall(folder: Path, name: str) -> None:
+    """Task-specific pruning of experts."""
+    model = tiny_switch.model()
+    adapter = adapter_for(model)
+    pruner = UsagePruner(model, adapter, adapter.layers(model), experts=3, steps=STEPS, interval=2, until=0.7)
     keep(folder / f"{name}-{processes.rank()}.safetensors", *train(folder / name, model, pruner), pruner)
 
 
@@ -128,6 +145,7 @@ def everything(rank: int, folder: Path, port: int) -> None:
     plain(folder, "pieces", accumulation=2)
     pruned(folder, "pruned")
     pruned(folder, "noisy", noise=0.5)
+    experts_fall(folder, "fallen")
     # State that only one process can see, and a batch with too few rows.
     own = folder / f"own-{rank}"
     if rank == 0:

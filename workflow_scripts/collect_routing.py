@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from mcsmoe import console, options
 
@@ -45,8 +46,9 @@ def main(arguments: argparse.Namespace) -> None:
     tokenizer = checkpoint.load_tokenizer(arguments.model)
     rows = read_table(arguments.train, "examples")
     if is_causal(model):
+        records: list[Any] = rows[["input", "target"]].to_dict("records")
         batches = cli_text.batches(
-            *(rows[["input", "target"]].to_dict("records"), tokenizer, False, arguments.samples, arguments.batch_size),
+            *(records, tokenizer, False, arguments.samples, arguments.batch_size),
             max_tokens=arguments.max_input + arguments.max_label,
             seed=arguments.seed,
         )
