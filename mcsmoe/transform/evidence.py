@@ -32,7 +32,9 @@ class Evidence:
             from mcsmoe.tables import read_table
 
             for layer, rows in read_table(permutation, "permutation").groupby("layer", sort=False):
-                moved[str(layer)] = torch.from_numpy(np.stack(rows.sort_values("expert")["permutation"].tolist()).astype(np.int64))
+                moved[str(layer)] = torch.from_numpy(
+                    np.stack(rows.sort_values("expert")["permutation"].tolist()).astype(np.int64)
+                )
         found = {} if gradients is None else load_tensors(gradients)
         return Evidence(load_statistics(routing), found, moved)
 
