@@ -111,7 +111,7 @@ def check_structure(file: Path, found: Mapping[str, str], section: Mapping[str, 
     if found.get(STRUCTURE_KEY) != _structure_digest(section):
         raise ValueError(
             f"{file}: was not written for the layers that config.json beside it describes; one of the two files is "
-            "altered or comes from another checkpoint"
+            "altered or comes from another checkpoint: restore or rebuild it"
         )
 
 
