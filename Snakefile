@@ -43,5 +43,9 @@ rule all:
         f"{RESULTS}/published.json",
 
 
+onstart:
+    take_lock()
+
+
 onsuccess:
     show_ending()

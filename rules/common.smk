@@ -32,8 +32,6 @@ try:
     CONFIG = configuration.complete(config)
     METHODS = methods.resolve(CONFIG)
     TASKS = names_by_task(CONFIG["tasks"])
-    if workflow.is_main_process and not workflow.dryrun:
-        hold_lock(Path(CONFIG["results"]))
 except ValueError as error:
     raise WorkflowError(f"configuration: {error}")
 
@@ -394,6 +392,14 @@ def everything_measured(wildcards):
                 if METHODS[variant].merge is not None:
                     found["groups"].append(f"{run}/{variant}/{experts}e/groups.parquet")
     return {name: sorted(set(paths)) for name, paths in found.items()}
+
+
+def take_lock():
+    """One workflow at a time writes into the results; a dry run, which writes nothing, never comes here."""
+    try:
+        hold_lock(Path(RESULTS))
+    except ValueError as error:
+        raise WorkflowError(f"configuration: {error}")
 
 
 def show_ending():
