@@ -92,6 +92,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(tmp_path: Path) -> N
     for (name, wanted), (_, got) in zip(expected.named_parameters(), found.named_parameters(), strict=True):
         assert torch.equal(wanted, got), name
     assert curve.training["loss"].tolist() == again.training["loss"].tolist()
+    assert groups_rows(whole.groupings()) == groups_rows(resumed.groupings())
 
 
 def test_more_experts_than_there_are_is_refused_by_layer() -> None:

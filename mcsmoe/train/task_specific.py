@@ -107,12 +107,13 @@ class UsagePruner:
         return {f"{part}/{layer}": tensor for part, tensors in parts.items() for layer, tensor in tensors.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore ``state_dict``; the masks stand in the model's own state."""
+        """Restore ``state_dict``; the masks stand in the model's own state.
+
+        A saved state is sorted by name. Layers stay in forward order, or a resumed run would write its groups in another.
+        """
+        layers = list(self.pruner.alive)
         for part, owner in (("usage", self.average), ("alive", self.pruner)):
-            prefix = f"{part}/"
-            owner.load_state_dict(
-                {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-            )
+            owner.load_state_dict({layer: state[f"{part}/{layer}"] for layer in layers if f"{part}/{layer}" in state})
 
 
 def groups_rows(groupings: Mapping[LayerId, Grouping]) -> list[dict[str, Any]]:
