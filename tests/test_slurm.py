@@ -54,7 +54,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         subprocess.run([NODE, "install"], check=True)
     folder = tmp_path_factory.mktemp("slurm")
     # Ended from outside, too, the tests end what they have started.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", 1))
     subprocess.run([NODE, "start", folder], check=True)
     try:
         yield folder
