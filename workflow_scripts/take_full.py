@@ -29,8 +29,10 @@ def main(arguments: argparse.Namespace) -> None:
         except OSError:
             shutil.copy2(source, target)
 
+    # Hidden files stay: Snakemake dates a folder by one of them, and a link would date every task's by the last.
+    visible = shutil.ignore_patterns(".*")
     with atomic_directory(arguments.out) as partial:
-        shutil.copytree(arguments.model, partial, copy_function=link_or_copy, dirs_exist_ok=True)
+        shutil.copytree(arguments.model, partial, copy_function=link_or_copy, dirs_exist_ok=True, ignore=visible)
 
 
 if __name__ == "__main__":
