@@ -1,0 +1,72 @@
+# What is measured of every run, and under which names it is reported.
+
+# What only some methods need of the calibration pass is collected only for them.
+CONFIGURED = [METHODS[variant] for variant in CONFIG["variants"]]
+TASK_SPECIFIC = [
+    name for name, method in METHODS.items() if method.merge == methods.TASK_SPECIFIC
+]
+EXTRAS = []
+if any(method.decomposition == "whitened" for method in CONFIGURED):
+    EXTRAS.append("--whiten")
+if any(method.merge == "reap" for method in CONFIGURED):
+    EXTRAS.append("--saliency")
+LABELS = {made: (variant, experts) for variant, experts, made in evaluated()}
+RUN_LIST = json.dumps(
+    [
+        {
+            "task": task,
+            "seed": seed,
+            "variant": variant,
+            "experts": experts,
+            "checkpoint": checkpoint,
+        }
+        for task in TASKS
+        for seed in CONFIG["seeds"]
+        for variant, experts, checkpoint in evaluated()
+    ]
+)
+
+
+def labels_of(wildcards):
+    """Variant, experts and stage of a checkpoint, for the columns of its tables, as command-line options."""
+    variant, experts = LABELS[wildcards.checkpoint]
+    return as_flags(
+        {
+            "variant": variant,
+            "experts": experts,
+            "stage": wildcards.checkpoint.rpartition("/")[2],
+        }
+    )
+
+
+def everything_measured(wildcards):
+    """Scores, costs, curves and groupings of every run."""
+    found = {
+        "predictions": [],
+        "metrics": [],
+        "cost": [],
+        "training": [],
+        "routing": [],
+        "groups": [],
+    }
+    for seed in CONFIG["seeds"]:
+        found["training"].append(f"{RESULTS}/base/seed{seed}/training.parquet")
+        for task in TASKS:
+            run = f"{RESULTS}/{task}/seed{seed}"
+            found["routing"].append(f"{run}/routing.parquet")
+            for variant, experts, checkpoint in evaluated():
+                found["predictions"].append(
+                    f"{run}/{checkpoint}_evaluation/predictions.parquet"
+                )
+                found["metrics"].append(
+                    f"{run}/{checkpoint}_evaluation/metrics.parquet"
+                )
+                found["cost"].append(f"{run}/{checkpoint}_cost/cost.parquet")
+                trained = checkpoint != methods.FULL or not CONFIG["zero_shot"]
+                if trained and Path(checkpoint).name != "merged":
+                    found["training"].append(
+                        f"{run}/{checkpoint}_training/training.parquet"
+                    )
+                if METHODS[variant].merge is not None:
+                    found["groups"].append(f"{run}/{variant}/{experts}e/groups.parquet")
+    return {name: sorted(set(paths)) for name, paths in found.items()}
