@@ -47,7 +47,7 @@ def add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--configuration", type=json_argument, required=True, help="what was run: JSON, or @file")
 
 
-def _rank() -> int:
+def rank() -> int:
     """Number of this process among those that a launcher started for one job."""
     return int(os.environ.get("RANK", "0"))
 
@@ -68,7 +68,7 @@ def progress(items: Iterable[T], description: str, total: int | None = None, ini
         file=sys.stderr,
         dynamic_ncols=terminal,
         leave=False,
-        disable=_rank() > 0,
+        disable=rank() > 0,
     )
 
 
@@ -82,7 +82,7 @@ def run(stage: Callable[[argparse.Namespace], None], arguments: argparse.Namespa
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     # All processes of a job tell the same; what goes wrong in one of them is shown all the same.
-    if arguments.log and _rank() == 0:
+    if arguments.log and rank() == 0:
         try:
             arguments.log.parent.mkdir(parents=True, exist_ok=True)
             handlers.append(logging.FileHandler(arguments.log, mode="w"))
@@ -92,7 +92,7 @@ def run(stage: Callable[[argparse.Namespace], None], arguments: argparse.Namespa
     # A log that cannot take another line must not bury what is shown in tracebacks of its own.
     logging.raiseExceptions = False
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
-    log.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
+    log.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
         stage(arguments)
     except (ValueError, FileNotFoundError, PermissionError) as error:

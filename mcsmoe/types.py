@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,6 +164,20 @@ class Grouping:
     def membership(self) -> Tensor:
         """[G, E] bool: expert e belongs to group g."""
         return self.expert_to_group[None, :] == torch.arange(self.num_groups)[:, None]
+
+    def leads(self) -> Tensor:
+        """[E] bool: the expert leads its group."""
+        leads_E = torch.zeros(self.num_experts, dtype=torch.bool)
+        leads_E[self.dominant] = True
+        return leads_E
+
+    def rows(self, layer: LayerId, share_E: Tensor) -> list[dict[str, Any]]:
+        """Rows of table ``groups``, where ``share_E`` [E] is each expert's share of its group."""
+        columns = (self.expert_to_group.tolist(), self.leads().tolist(), share_E.double().tolist())
+        return [
+            {"layer": layer, "expert": expert, "group": group, "dominant": leads, "weight": share}
+            for expert, (group, leads, share) in enumerate(zip(*columns, strict=True))
+        ]
 
     def validate(self, layer: LayerId) -> None:
         """Raise ValueError naming layer and expert unless every expert is in exactly one led group."""

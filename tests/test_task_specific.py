@@ -13,7 +13,7 @@ from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.train.loop import Trainer, TrainingPlan, TrainingResult
 from mcsmoe.train.objectives import TaskObjective
 from mcsmoe.train.state import StateStore
-from mcsmoe.train.task_specific import UsagePruner, groups_rows, remove_fallen
+from mcsmoe.train.task_specific import UsagePruner, remove_fallen
 from mcsmoe.types import chosen_layers
 
 
@@ -58,9 +58,11 @@ def test_each_layer_comes_down_and_what_is_left_is_the_masked_model(tmp_path: Pa
     assert torch.equal(tiny_switch.logits(model, inputs), before)
     for layer, grouping in groupings.items():
         assert grouping.num_groups == 2 == adapter.read_experts(model, layer).num_experts
-    rows = groups_rows(groupings)
-    assert len(rows) == sum(grouping.num_experts for grouping in groupings.values())
-    assert sum(row["weight"] for row in rows) == sum(grouping.num_groups for grouping in groupings.values())
+    for layer, grouping in groupings.items():
+        rows = grouping.rows(layer, grouping.leads())
+        assert [row["expert"] for row in rows if row["dominant"]] == grouping.dominant.tolist()
+        assert [row["group"] for row in rows] == grouping.expert_to_group.tolist()
+        assert sum(row["weight"] for row in rows) == grouping.num_groups
 
 
 def test_the_most_used_experts_stay() -> None:
@@ -92,7 +94,10 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(tmp_path: Path) -> N
     for (name, wanted), (_, got) in zip(expected.named_parameters(), found.named_parameters(), strict=True):
         assert torch.equal(wanted, got), name
     assert curve.training["loss"].tolist() == again.training["loss"].tolist()
-    assert groups_rows(whole.groupings()) == groups_rows(resumed.groupings())
+    # In the same order, too: the table of groups is compared by its bytes.
+    assert list(whole.groupings()) == list(resumed.groupings())
+    for layer, grouping in whole.groupings().items():
+        assert torch.equal(grouping.expert_to_group, resumed.groupings()[layer].expert_to_group)
 
 
 def test_more_experts_than_there_are_is_refused_by_layer() -> None:

@@ -48,11 +48,9 @@ def parse() -> argparse.Namespace:
 
 def take(arguments: argparse.Namespace) -> None:
     """Load the given checkpoint, which checks it, and write it where the workflow expects it."""
-    import os
-
     from mcsmoe import checkpoint, tables
 
-    if os.environ.get("RANK", "0") != "0":
+    if console.rank() > 0:
         return  # nothing is trained, so the processes have nothing to share
     model = checkpoint.load(arguments.checkpoint)
     tokenizer = checkpoint.load_tokenizer(arguments.checkpoint)

@@ -27,9 +27,10 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.tables import frame_of, write_table
+    from mcsmoe.train import processes
     from mcsmoe.train.objectives import TaskObjective
     from mcsmoe.train.stages import Job, total_steps
-    from mcsmoe.train.task_specific import UsagePruner, groups_rows, remove_fallen
+    from mcsmoe.train.task_specific import UsagePruner, remove_fallen
     from mcsmoe.types import chosen_layers
 
     job = Job.of(arguments, "finetune")
@@ -45,7 +46,10 @@ def main(arguments: argparse.Namespace) -> None:
     job.run(__file__, TaskObjective(adapter, **weights, usage=pruner.count), pruner)
     groupings = pruner.groupings()
     remove_fallen(job.model, adapter, groupings)
-    write_table(arguments.groups, frame_of(groups_rows(groupings), "groups"), "groups")
+    if processes.is_main():
+        # A living expert has the whole weight of its group.
+        rows = [row for layer, grouping in groupings.items() for row in grouping.rows(layer, grouping.leads())]
+        write_table(arguments.groups, frame_of(rows, "groups"), "groups")
     job.save(stage="prune", experts=arguments.experts)
 
 

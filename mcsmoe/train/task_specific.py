@@ -8,14 +8,13 @@ is left is fine-tuned to the end. The router is masked, so that no token is ever
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-import torch.distributed as distributed
 from torch import Tensor, nn
 
 from mcsmoe.adapters.base import Adapter
 from mcsmoe.merge.task_specific import TaskSpecificPruner, UsageAverage, living_grouping
+from mcsmoe.train import processes
 from mcsmoe.types import Grouping, LayerId
 
 
@@ -69,10 +68,7 @@ class UsagePruner:
 
     def observe(self) -> None:
         """Take the step's counts, of all processes, into the average."""
-        if distributed.is_available() and distributed.is_initialized():
-            for counts_E in self._counts.values():
-                distributed.all_reduce(counts_E)
-        self.average.update({layer: counts_E.cpu() for layer, counts_E in self._counts.items()})
+        self.average.update({layer: processes.summed(counts_E).cpu() for layer, counts_E in self._counts.items()})
         self._counts = {}
 
     def apply(self, step: int) -> float:
@@ -114,24 +110,6 @@ class UsagePruner:
         layers = list(self.pruner.alive)
         for part, owner in (("usage", self.average), ("alive", self.pruner)):
             owner.load_state_dict({layer: state[f"{part}/{layer}"] for layer in layers if f"{part}/{layer}" in state})
-
-
-def groups_rows(groupings: Mapping[LayerId, Grouping]) -> list[dict[str, Any]]:
-    """Rows of table ``groups``: a living expert has the whole weight of its group."""
-    rows = []
-    for layer, grouping in groupings.items():
-        leads = set(grouping.dominant.tolist())
-        rows += [
-            {
-                "layer": layer,
-                "expert": expert,
-                "group": group,
-                "dominant": expert in leads,
-                "weight": float(expert in leads),
-            }
-            for expert, group in enumerate(grouping.expert_to_group.tolist())
-        ]
-    return rows
 
 
 def remove_fallen(model: nn.Module, adapter: Adapter, groupings: Mapping[LayerId, Grouping]) -> None:

@@ -59,26 +59,14 @@ def groups_frame(groupings: Mapping[LayerId, Grouping], evidence: Evidence, merg
     rows = []
     for layer, grouping in groupings.items():
         frequency_E = evidence.layer(layer).frequency_E
-        leads_E = torch.zeros(grouping.num_experts, dtype=torch.bool)
-        leads_E[grouping.dominant] = True
         weighed_E = frequency_E
         if merge in ("uniform", "git-rebasin", "repair", "zipit", "zipit-weight"):
             weighed_E = torch.ones_like(frequency_E)
         elif merge in ("prune", "drop", "reap"):
-            weighed_E = leads_E.to(frequency_E)
+            weighed_E = grouping.leads().to(frequency_E)
         elif merge == "reversed":
             weighed_E = 1 - frequency_E
         elif merge == "random":
             weighed_E = random_importance(grouping.num_experts, seed, layer)
-        share_E = shares(grouping, weighed_E)
-        rows += [
-            {
-                "layer": layer,
-                "expert": expert,
-                "group": int(grouping.expert_to_group[expert]),
-                "dominant": bool(leads_E[expert]),
-                "weight": float(share_E[expert]),
-            }
-            for expert in range(grouping.num_experts)
-        ]
+        rows += grouping.rows(layer, shares(grouping, weighed_E))
     return frame_of(rows, "groups")
