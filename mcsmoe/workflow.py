@@ -14,19 +14,21 @@ _HELD: list[int] = []
 
 
 def names_by_task(specs: Sequence[str]) -> dict[str, str]:
-    """What was configured (a name, or the path of a task file) by the name of the task.
+    """What the stages are told (its name, or the path of a task file of one's own) by the name of the task.
+
+    A task of the library has one name however it is spelt, so that another spelling reruns nothing.
 
     Raises:
         ValueError: two entries have the same name, or one is unknown.
     """
-    from mcsmoe.data.tasks import load_task
+    from mcsmoe.data.tasks import FOLDER, load_task
 
     found: dict[str, str] = {}
     for spec in specs:
-        name = load_task(spec).name
-        if name in found:
-            raise ValueError(f"tasks names {name!r} twice ({found[name]} and {spec}); leave one out")
-        found[name] = spec
+        task = load_task(spec)
+        if task.name in found:
+            raise ValueError(f"tasks names {task.name!r} twice ({found[task.name]} and {spec}); leave one out")
+        found[task.name] = task.name if task.file.parent == FOLDER else spec
     return found
 
 

@@ -69,6 +69,10 @@ def test_published_runs_are_in_the_store_once(done: Project) -> None:
 
 def test_a_second_run_does_nothing(done: Project) -> None:
     assert done.planned() == {}
+    # Summary, report and publication say what was configured, word for word.
+    done.configure(TINY | {"tasks": ["copa"]})
+    assert set(done.planned()) <= {"summarise", "publish"}
+    done.configure(TINY)
     assert "Nothing to be done" in done.run()
 
 
