@@ -45,7 +45,13 @@ rule all:
 
 onstart:
     take_lock()
+    keep_libraries_loaded()
 
 
 onsuccess:
+    forkserver.stop()
     show_ending()
+
+
+onerror:
+    forkserver.stop()

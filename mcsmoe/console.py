@@ -72,14 +72,19 @@ def progress(items: Iterable[T], description: str, total: int | None = None, ini
     )
 
 
-def run(stage: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
-    """Run a stage: set its threads and log, and turn a user's error into one message and exit status 1."""
+def settle_environment(threads: int) -> None:
+    """What the libraries read from the environment when they are imported: threads, and nothing sent outside."""
     # Set before torch is imported, so that its thread pools are made at this size.
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[variable] = str(arguments.threads)
+        os.environ[variable] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def run(stage: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
+    """Run a stage: set its threads and log, and turn a user's error into one message and exit status 1."""
+    settle_environment(arguments.threads)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     # All processes of a job tell the same; what goes wrong in one of them is shown all the same.
     if arguments.log and rank() == 0:

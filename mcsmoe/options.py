@@ -67,17 +67,6 @@ def as_flags(values: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def launcher(processes: int) -> str:
-    """What stands before a training script on a command line: python, or torch's launcher of processes on this machine.
-
-    (accelerate's own launcher starts only one process where there is no GPU.)
-    """
-    if processes == 1:
-        return "python"
-    # Standalone finds a free port, so that jobs side by side do not meet; after -- no option of a script is the launcher's.
-    return f"python -m torch.distributed.run --standalone --nproc-per-node {processes} --"
-
-
 def add_tokens(parser: argparse.ArgumentParser) -> None:
     """Where the tokens of a split are kept, for every stage that reads it."""
     parser.add_argument("--tokens", type=Path, help="folder that keeps tokens for other stages; none tokenises anew")

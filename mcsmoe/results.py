@@ -81,7 +81,7 @@ class Results:
 
 
 def read_benchmarks(folder: Path) -> pd.DataFrame:
-    """Snakemake's benchmark files: rule, job, wall and processor seconds, and peak resident memory in MB."""
+    """What each job used, in the form of Snakemake's benchmark files: rule, job, wall and processor seconds, and peak resident memory in MB."""
     rows = []
     for file in sorted(folder.rglob("*.tsv")):
         table = pd.read_csv(file, sep="\t", na_values=["-", "NA"])

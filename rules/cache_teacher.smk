@@ -6,9 +6,8 @@ rule cache_teacher:
     output:
         teacher=directory(f"{RUN}/teacher"),
     log:
-        f"{LOGS}/cache_teacher/{{task}}-seed{{seed}}.log",
-    benchmark:
-        f"{BENCHMARKS}/cache_teacher/{{task}}-seed{{seed}}.tsv"
+        messages=f"{LOGS}/cache_teacher/{{task}}-seed{{seed}}.log",
+        usage=f"{BENCHMARKS}/cache_teacher/{{task}}-seed{{seed}}.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["evaluate"]["threads"]
@@ -18,6 +17,7 @@ rule cache_teacher:
         gpu=GPUS,
     params:
         code=code("cache_teacher"),
+        launch=LAUNCH,
         script=script("cache_teacher"),
         device=DEVICE,
         tokens=TOKENS,
@@ -28,7 +28,7 @@ rule cache_teacher:
     message:
         "cache the teacher of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --train {input.train:q} --device {params.device} "
         "--out {output.teacher:q} --tokens {params.tokens:q} {params.limits} {params.options} "
-        "--log {log:q}"
+        "--log {log.messages:q}"

@@ -6,9 +6,8 @@ rule collect_gradients:
     output:
         gradients=f"{RUN}/gradients.safetensors",
     log:
-        f"{LOGS}/collect_gradients/{{task}}-seed{{seed}}.log",
-    benchmark:
-        f"{BENCHMARKS}/collect_gradients/{{task}}-seed{{seed}}.tsv"
+        messages=f"{LOGS}/collect_gradients/{{task}}-seed{{seed}}.log",
+        usage=f"{BENCHMARKS}/collect_gradients/{{task}}-seed{{seed}}.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["calibration"]["threads"]
@@ -18,6 +17,7 @@ rule collect_gradients:
         gpu=GPUS,
     params:
         code=code("collect_gradients"),
+        launch=LAUNCH,
         script=script("collect_gradients"),
         device=DEVICE,
         tokens=TOKENS,
@@ -28,7 +28,7 @@ rule collect_gradients:
     message:
         "collect gradients of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {params.device} "
         "--gradients {output.gradients:q} --tokens {params.tokens:q} {params.limits} {params.options} "
-        "--log {log:q}"
+        "--log {log.messages:q}"

@@ -7,9 +7,8 @@ rule collect_routing:
         table=f"{RUN}/routing.parquet",
         statistics=f"{RUN}/routing.safetensors",
     log:
-        f"{LOGS}/collect_routing/{{task}}-seed{{seed}}.log",
-    benchmark:
-        f"{BENCHMARKS}/collect_routing/{{task}}-seed{{seed}}.tsv"
+        messages=f"{LOGS}/collect_routing/{{task}}-seed{{seed}}.log",
+        usage=f"{BENCHMARKS}/collect_routing/{{task}}-seed{{seed}}.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["calibration"]["threads"]
@@ -19,6 +18,7 @@ rule collect_routing:
         gpu=GPUS,
     params:
         code=code("collect_routing"),
+        launch=LAUNCH,
         script=script("collect_routing"),
         device=DEVICE,
         tokens=TOKENS,
@@ -28,8 +28,8 @@ rule collect_routing:
     message:
         "collect routing statistics of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {params.device} "
         "--table {output.table:q} --statistics {output.statistics:q} "
         "--tokens {params.tokens:q} {params.limits} {params.options} {params.extras} "
-        "--log {log:q}"
+        "--log {log.messages:q}"

@@ -26,7 +26,8 @@ if workflow.basedir not in sys.path:
 
 from mcsmoe import config as configuration
 from mcsmoe import methods, provenance
-from mcsmoe.options import as_flags, launcher
+from mcsmoe.jobs import forkserver
+from mcsmoe.options import as_flags
 from mcsmoe.workflow import described_in, hold_lock, names_by_task, task_files
 
 try:
@@ -42,12 +43,18 @@ BENCHMARKS = f"{RESULTS}/benchmarks"
 DEVICE = CONFIG["device"]
 GPUS = 0 if DEVICE == "cpu" else 1  # of a process
 PROCESSES = CONFIG["processes"]
-LAUNCH = launcher(PROCESSES)
 CONFIG_JSON = json.dumps(CONFIG, sort_keys=True)
 RUN = f"{RESULTS}/{{task}}/seed{{seed}}"
 STATE = f"{RESULTS}/.state"
 TOKENS = f"{STATE}/tokens"
 SCRIPTS = f"{workflow.basedir}/workflow_scripts"
+# How jobs are started: a fork of a process that has torch and transformers loaded, where the workflow keeps one; always an
+# interpreter of their own, where they need neither or are measured; and several processes that train together.
+LAUNCH = "python -S -E " + shlex.quote(
+    os.path.relpath(f"{workflow.basedir}/mcsmoe/jobs/launch.py")
+)
+FRESH = f"{LAUNCH} --fresh"
+TOGETHER = LAUNCH if PROCESSES == 1 else f"{LAUNCH} --processes {PROCESSES}"
 EXPERTS_IN_MODEL = configuration.num_experts(CONFIG)
 
 
@@ -123,6 +130,12 @@ def take_lock():
         hold_lock(Path(RESULTS))
     except ValueError as error:
         raise WorkflowError(f"configuration: {error}")
+
+
+def keep_libraries_loaded():
+    """Let the jobs on this machine be forks of one process; not on accelerators, whose drivers a fork cannot share."""
+    if DEVICE == "cpu" and not workflow.non_local_exec:
+        forkserver.start()
 
 
 def show_ending():

@@ -11,9 +11,8 @@ rule compress:
         training=f"{RUN}/{{variant}}/{{experts}}e/compressed_training/training.parquet",
         selection=f"{RUN}/{{variant}}/{{experts}}e/compressed_training/selection.parquet",
     log:
-        f"{LOGS}/compress/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
-    benchmark:
-        f"{BENCHMARKS}/compress/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
+        messages=f"{LOGS}/compress/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
+        usage=f"{BENCHMARKS}/compress/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["compress"]["threads"] * PROCESSES
@@ -23,7 +22,7 @@ rule compress:
         gpu=GPUS * PROCESSES,
     params:
         code=code("compress"),
-        launch=LAUNCH,
+        launch=TOGETHER,
         script=script("compress"),
         device=DEVICE,
         given=given("teacher", "routing"),
@@ -37,9 +36,9 @@ rule compress:
     message:
         "compress {wildcards.variant} {wildcards.experts}e on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{params.launch} {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.method} {params.excluded} "
-        "{params.given} --log {log:q}"
+        "{params.given} --log {log.messages:q}"

@@ -7,9 +7,8 @@ rule evaluate:
         predictions=f"{RUN}/{{checkpoint}}_evaluation/predictions.parquet",
         metrics=f"{RUN}/{{checkpoint}}_evaluation/metrics.parquet",
     log:
-        f"{LOGS}/evaluate/{{task}}-seed{{seed}}/{{checkpoint}}.log",
-    benchmark:
-        f"{BENCHMARKS}/evaluate/{{task}}-seed{{seed}}/{{checkpoint}}.tsv"
+        messages=f"{LOGS}/evaluate/{{task}}-seed{{seed}}/{{checkpoint}}.log",
+        usage=f"{BENCHMARKS}/evaluate/{{task}}-seed{{seed}}/{{checkpoint}}.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["evaluate"]["threads"]
@@ -19,6 +18,7 @@ rule evaluate:
         gpu=GPUS,
     params:
         code=code("evaluate"),
+        launch=LAUNCH,
         script=script("evaluate"),
         device=DEVICE,
         task=lambda wildcards: TASKS[wildcards.task],
@@ -28,9 +28,9 @@ rule evaluate:
     message:
         "evaluate {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --examples {input.examples:q} "
         "--seed {wildcards.seed} {params.names} --device {params.device} "
         "--predictions {output.predictions:q} --metrics {output.metrics:q} "
         "{params.limits} {params.options} "
-        "--log {log:q}"
+        "--log {log.messages:q}"

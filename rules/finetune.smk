@@ -9,9 +9,8 @@ rule finetune:
         training=f"{RUN}/full_training/training.parquet",
         selection=f"{RUN}/full_training/selection.parquet",
     log:
-        f"{LOGS}/finetune/{{task}}-seed{{seed}}.log",
-    benchmark:
-        f"{BENCHMARKS}/finetune/{{task}}-seed{{seed}}.tsv"
+        messages=f"{LOGS}/finetune/{{task}}-seed{{seed}}.log",
+        usage=f"{BENCHMARKS}/finetune/{{task}}-seed{{seed}}.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["finetune"]["threads"] * PROCESSES
@@ -21,7 +20,7 @@ rule finetune:
         gpu=GPUS * PROCESSES,
     params:
         code=code("finetune"),
-        launch=LAUNCH,
+        launch=TOGETHER,
         script=script("finetune"),
         device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/full",
@@ -32,9 +31,9 @@ rule finetune:
     message:
         "fine-tune the full model on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{params.launch} {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} "
-        "--log {log:q}"
+        "--log {log.messages:q}"

@@ -4,9 +4,8 @@ rule generate_data:
         train=f"{RESULTS}/data/{{task}}/train.parquet",
         validation=f"{RESULTS}/data/{{task}}/validation.parquet",
     log:
-        f"{LOGS}/generate_data/{{task}}.log",
-    benchmark:
-        f"{BENCHMARKS}/generate_data/{{task}}.tsv"
+        messages=f"{LOGS}/generate_data/{{task}}.log",
+        usage=f"{BENCHMARKS}/generate_data/{{task}}.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: 1
@@ -15,14 +14,15 @@ rule generate_data:
         runtime=10,
     params:
         code=code("generate_data"),
+        launch=FRESH,
         script=script("generate_data"),
         task=lambda wildcards: TASKS[wildcards.task],
         options=data_options("seed", "train_rows", "validation_rows"),
     message:
         "generate data for {wildcards.task}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--task {params.task:q} "
         "--train {output.train:q} --validation {output.validation:q} "
         "{params.options} "
-        "--log {log:q}"
+        "--log {log.messages:q}"

@@ -6,9 +6,8 @@ rule group:
         similarity=f"{RUN}/{{variant}}/{{experts}}e/similarity.parquet",
         groups=f"{RUN}/{{variant}}/{{experts}}e/groups.parquet",
     log:
-        f"{LOGS}/group/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
-    benchmark:
-        f"{BENCHMARKS}/group/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
+        messages=f"{LOGS}/group/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
+        usage=f"{BENCHMARKS}/group/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["merge"]["threads"]
@@ -17,6 +16,7 @@ rule group:
         runtime=60,
     params:
         code=code("group"),
+        launch=LAUNCH,
         script=script("group"),
         given=given("gradients", "permutation"),
         method=method_options("similarity", "grouping", "budget", "linkage", "merge"),
@@ -24,8 +24,8 @@ rule group:
     message:
         "group the experts of {wildcards.task} for {wildcards.variant}, {wildcards.experts} on average, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --routing {input.routing:q} --seed {wildcards.seed} "
         "--experts {wildcards.experts} --similarity-table {output.similarity:q} --groups {output.groups:q} "
         "{params.method} {params.options} "
-        "{params.given} --log {log:q}"
+        "{params.given} --log {log.messages:q}"

@@ -6,9 +6,8 @@ rule merge:
     output:
         model=directory(f"{RUN}/{{variant}}/{{experts}}e/merged"),
     log:
-        f"{LOGS}/merge/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
-    benchmark:
-        f"{BENCHMARKS}/merge/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
+        messages=f"{LOGS}/merge/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
+        usage=f"{BENCHMARKS}/merge/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["merge"]["threads"]
@@ -17,6 +16,7 @@ rule merge:
         runtime=60,
     params:
         code=code("merge"),
+        launch=LAUNCH,
         script=script("merge"),
         given=given("gradients", "permutation"),
         method=method_options("merge", "alignment"),
@@ -24,7 +24,7 @@ rule merge:
     message:
         "merge the experts of {wildcards.task} by {wildcards.variant} to {wildcards.experts}, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --groups {input.groups:q} --routing {input.routing:q} --seed {wildcards.seed} "
         "--out {output.model:q} {params.method} {params.options} "
-        "{params.given} --log {log:q}"
+        "{params.given} --log {log.messages:q}"

@@ -6,9 +6,8 @@ rule permute:
         model=directory(f"{RUN}/permuted{{how}}"),
         permutation=f"{RUN}/permutation{{how}}.parquet",
     log:
-        f"{LOGS}/permute/{{task}}-seed{{seed}}{{how}}.log",
-    benchmark:
-        f"{BENCHMARKS}/permute/{{task}}-seed{{seed}}{{how}}.tsv"
+        messages=f"{LOGS}/permute/{{task}}-seed{{seed}}{{how}}.log",
+        usage=f"{BENCHMARKS}/permute/{{task}}-seed{{seed}}{{how}}.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["merge"]["threads"]
@@ -17,6 +16,7 @@ rule permute:
         runtime=60,
     params:
         code=code("permute"),
+        launch=LAUNCH,
         script=script("permute"),
         given=given("routing"),
         alignment=lambda wildcards: (wildcards.how or "-weight")[1:],
@@ -24,7 +24,7 @@ rule permute:
     message:
         "align the experts of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --alignment {params.alignment} "
         "--out {output.model:q} --permutation {output.permutation:q} {params.options} "
-        "{params.given} --log {log:q}"
+        "{params.given} --log {log.messages:q}"

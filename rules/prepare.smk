@@ -6,9 +6,8 @@ rule prepare:
         model=directory(f"{RESULTS}/base/seed{{seed}}/model"),
         training=f"{RESULTS}/base/seed{{seed}}/training.parquet",
     log:
-        f"{LOGS}/prepare/seed{{seed}}.log",
-    benchmark:
-        f"{BENCHMARKS}/prepare/seed{{seed}}.tsv"
+        messages=f"{LOGS}/prepare/seed{{seed}}.log",
+        usage=f"{BENCHMARKS}/prepare/seed{{seed}}.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["pretrain"]["threads"] * PROCESSES
@@ -18,7 +17,7 @@ rule prepare:
         gpu=GPUS * PROCESSES,
     params:
         code=code("prepare"),
-        launch=LAUNCH,
+        launch=TOGETHER,
         script=script("prepare"),
         device=DEVICE,
         state=f"{STATE}/base/seed{{seed}}",
@@ -27,8 +26,8 @@ rule prepare:
     message:
         "prepare the base model, seed {wildcards.seed}"
     shell:
-        "{params.launch} {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "{params.source} --seed {wildcards.seed} --device {params.device} "
         "--model {output.model:q} --training {output.training:q} --state {params.state:q} "
         "{params.options} "
-        "--log {log:q}"
+        "--log {log.messages:q}"

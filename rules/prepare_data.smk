@@ -7,9 +7,8 @@ rule prepare_data:
         selection=f"{RUN}/examples/selection.parquet",
         validation=f"{RUN}/examples/validation.parquet",
     log:
-        f"{LOGS}/prepare_data/{{task}}-seed{{seed}}.log",
-    benchmark:
-        f"{BENCHMARKS}/prepare_data/{{task}}-seed{{seed}}.tsv"
+        messages=f"{LOGS}/prepare_data/{{task}}-seed{{seed}}.log",
+        usage=f"{BENCHMARKS}/prepare_data/{{task}}-seed{{seed}}.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: 1
@@ -18,6 +17,7 @@ rule prepare_data:
         runtime=20,
     params:
         code=code("prepare_data"),
+        launch=FRESH,
         script=script("prepare_data"),
         task=lambda wildcards: TASKS[wildcards.task],
         source=raw_source,
@@ -26,8 +26,8 @@ rule prepare_data:
     message:
         "prepare the examples of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--task {params.task:q} {params.source} --seed {wildcards.seed} "
         "--train {output.train:q} --selection {output.selection:q} --validation {output.validation:q} "
         "{params.options} {params.protocol} "
-        "--log {log:q}"
+        "--log {log.messages:q}"

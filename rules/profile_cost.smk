@@ -5,9 +5,8 @@ rule profile_cost:
     output:
         table=f"{RUN}/{{checkpoint}}_cost/cost.parquet",
     log:
-        f"{LOGS}/profile_cost/{{task}}-seed{{seed}}/{{checkpoint}}.log",
-    benchmark:
-        f"{BENCHMARKS}/profile_cost/{{task}}-seed{{seed}}/{{checkpoint}}.tsv"
+        messages=f"{LOGS}/profile_cost/{{task}}-seed{{seed}}/{{checkpoint}}.log",
+        usage=f"{BENCHMARKS}/profile_cost/{{task}}-seed{{seed}}/{{checkpoint}}.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: workflow.cores or 1
@@ -17,6 +16,7 @@ rule profile_cost:
         gpu=GPUS,
     params:
         code=code("profile_cost"),
+        launch=FRESH,
         script=script("profile_cost"),
         device=DEVICE,
         task=lambda wildcards: TASKS[wildcards.task],
@@ -25,7 +25,7 @@ rule profile_cost:
     message:
         "profile the cost of {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --seed {wildcards.seed} {params.names} "
         "--device {params.device} --table {output.table:q} {params.options} "
-        "--log {log:q}"
+        "--log {log.messages:q}"

@@ -14,9 +14,8 @@ rule prune:
         training=f"{RUN}/{{variant}}/{{experts}}e/pruned_training/training.parquet",
         selection=f"{RUN}/{{variant}}/{{experts}}e/pruned_training/selection.parquet",
     log:
-        f"{LOGS}/prune/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
-    benchmark:
-        f"{BENCHMARKS}/prune/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
+        messages=f"{LOGS}/prune/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
+        usage=f"{BENCHMARKS}/prune/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv",
     wildcard_constraints:
         variant="|".join(map(re.escape, TASK_SPECIFIC)) or "(?!)",
     conda:
@@ -28,7 +27,7 @@ rule prune:
         gpu=GPUS * PROCESSES,
     params:
         code=code("prune"),
-        launch=LAUNCH,
+        launch=TOGETHER,
         script=script("prune"),
         device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-pruned",
@@ -45,10 +44,10 @@ rule prune:
     message:
         "fine-tune on {wildcards.task} while all but {wildcards.experts} experts fall away, seed {wildcards.seed}"
     shell:
-        "{params.launch} {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
         "--experts {wildcards.experts} --groups {output.groups:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.pruning} "
-        "--log {log:q}"
+        "--log {log.messages:q}"

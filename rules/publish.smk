@@ -6,9 +6,8 @@ rule publish:
     output:
         marker=f"{RESULTS}/published.json",
     log:
-        f"{LOGS}/publish/all.log",
-    benchmark:
-        f"{BENCHMARKS}/publish/all.tsv"
+        messages=f"{LOGS}/publish/all.log",
+        usage=f"{BENCHMARKS}/publish/all.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: 1
@@ -17,6 +16,7 @@ rule publish:
         runtime=60,
     params:
         code=code("publish"),
+        launch=FRESH,
         script=script("publish"),
         results=lambda wildcards: RESULTS,
         runs=RUN_LIST,
@@ -24,7 +24,7 @@ rule publish:
     message:
         "publish to MLflow"
     shell:
-        "python {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
         "--summary {input.summary:q} --marker {output.marker:q} "
-        "--log {log:q}"
+        "--log {log.messages:q}"

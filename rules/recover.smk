@@ -10,9 +10,8 @@ rule recover:
         training=f"{RUN}/{{variant}}/{{experts}}e/recovered_training/training.parquet",
         selection=f"{RUN}/{{variant}}/{{experts}}e/recovered_training/selection.parquet",
     log:
-        f"{LOGS}/recover/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
-    benchmark:
-        f"{BENCHMARKS}/recover/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv"
+        messages=f"{LOGS}/recover/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
+        usage=f"{BENCHMARKS}/recover/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["recover"]["threads"] * PROCESSES
@@ -22,7 +21,7 @@ rule recover:
         gpu=GPUS * PROCESSES,
     params:
         code=code("recover"),
-        launch=LAUNCH,
+        launch=TOGETHER,
         script=script("recover"),
         device=DEVICE,
         given=given("teacher"),
@@ -35,9 +34,9 @@ rule recover:
     message:
         "win the quality of {wildcards.variant} {wildcards.experts}e back on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{params.launch} {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.method} "
-        "{params.given} --log {log:q}"
+        "{params.given} --log {log.messages:q}"

@@ -11,9 +11,8 @@ rule summarise:
         summary=f"{RESULTS}/summary.parquet",
         report=f"{RESULTS}/report.html",
     log:
-        f"{LOGS}/summarise/all.log",
-    benchmark:
-        f"{BENCHMARKS}/summarise/all.tsv"
+        messages=f"{LOGS}/summarise/all.log",
+        usage=f"{BENCHMARKS}/summarise/all.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: 1
@@ -22,6 +21,7 @@ rule summarise:
         runtime=30,
     params:
         code=code("summarise"),
+        launch=FRESH,
         script=script("summarise"),
         results=lambda wildcards: RESULTS,
         benchmarks=BENCHMARKS,
@@ -30,7 +30,7 @@ rule summarise:
     message:
         "summarise and report"
     shell:
-        "python {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
         "--benchmarks {params.benchmarks:q} --summary {output.summary:q} --report {output.report:q} "
-        "--log {log:q}"
+        "--log {log.messages:q}"

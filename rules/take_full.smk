@@ -5,9 +5,8 @@ rule take_full:
     output:
         model=directory(f"{RUN}/full"),
     log:
-        f"{LOGS}/take_full/{{task}}-seed{{seed}}.log",
-    benchmark:
-        f"{BENCHMARKS}/take_full/{{task}}-seed{{seed}}.tsv"
+        messages=f"{LOGS}/take_full/{{task}}-seed{{seed}}.log",
+        usage=f"{BENCHMARKS}/take_full/{{task}}-seed{{seed}}.tsv",
     conda:
         "../envs/mcsmoe.yaml"
     threads: 1
@@ -16,10 +15,11 @@ rule take_full:
         runtime=60,
     params:
         code=code("take_full"),
+        launch=FRESH,
         script=script("take_full"),
     message:
         "take the checkpoint as the full model of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python {params.script:q} "
+        "{params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --out {output.model:q} "
-        "--log {log:q}"
+        "--log {log.messages:q}"

@@ -41,7 +41,7 @@ def test_rule_script_log_and_benchmark_share_a_name(rule: str) -> None:
     for part in (f'script=script("{rule}")', f"{{LOGS}}/{rule}/", f"{{BENCHMARKS}}/{rule}/", f'code=code("{rule}")'):
         assert part in text, f"rule {rule} lacks {part}"
     # The order that snakefmt writes.
-    order = ["input", "output", "log", "benchmark", "conda", "threads", "resources", "params", "message", "shell"]
+    order = ["input", "output", "log", "conda", "threads", "resources", "params", "message", "shell"]
     found = [text.index(f"\n    {word}:") for word in order if f"\n    {word}:" in text]
     assert found == sorted(found)
     assert f'"rules/{rule}.smk"' in (ROOT / "Snakefile").read_text()

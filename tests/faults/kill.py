@@ -200,7 +200,7 @@ def _stages(leader: int) -> list[str]:
             words = process.cmdline()
         except psutil.Error:
             continue
-        found |= {Path(word).stem for word in words[1:2] if word.endswith(".py") and "workflow_scripts" in word}
+        found |= {Path(word).stem for word in words if word.endswith(".py") and "workflow_scripts" in word}
     return sorted(found)
 
 
