@@ -50,9 +50,8 @@ TOKENS = f"{STATE}/tokens"
 SCRIPTS = f"{workflow.basedir}/workflow_scripts"
 # How jobs are started: a fork of a process that has torch and transformers loaded, where the workflow keeps one; always an
 # interpreter of their own, where they need neither or are measured; and several processes that train together.
-LAUNCH = "python -S -E " + shlex.quote(
-    os.path.relpath(f"{workflow.basedir}/mcsmoe/jobs/launch.py")
-)
+LAUNCHER = os.path.relpath(f"{workflow.basedir}/mcsmoe/jobs/launch.py")
+LAUNCH = f"python -S -E {shlex.quote(LAUNCHER)}"
 FRESH = f"{LAUNCH} --fresh"
 TOGETHER = LAUNCH if PROCESSES == 1 else f"{LAUNCH} --processes {PROCESSES}"
 EXPERTS_IN_MODEL = configuration.num_experts(CONFIG)
