@@ -13,6 +13,7 @@ Linux only (it needs pidfds, abstract sockets and the parent-death signal); else
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -30,7 +31,12 @@ from typing import Any
 
 LIBRARIES = [
     *("torch", "numpy", "pandas", "pyarrow.parquet", "safetensors.torch", "datasets", "scipy.optimize", "scipy.linalg"),
-    *("accelerate", "transformers.modeling_utils", "transformers.generation", "transformers.tokenization_utils_tokenizers"),
+    *(
+        "accelerate",
+        "transformers.modeling_utils",
+        "transformers.generation",
+        "transformers.tokenization_utils_tokenizers",
+    ),
     *("transformers.models.auto.modeling_auto", "transformers.models.switch_transformers.modeling_switch_transformers"),
 ]
 """What most stages import, none of it ours: a job must read the code of the project as it is."""
@@ -87,12 +93,12 @@ def serve(name: str) -> list[str] | None:
     listener.bind(f"\0{name}")
     listener.listen(256)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the jobs are told by the terminal themselves
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are not waited for
     os.write(1, b".")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     loaded = False
+    sources: list[Any] = [listener, 0]
     while True:
-        ready, _, _ = select.select([listener, 0], [], [])
+        ready, _, _ = select.select(sources, [], [])
         if 0 in ready:
             return None
         connection, _ = listener.accept()
@@ -103,6 +109,7 @@ def serve(name: str) -> list[str] | None:
         if not loaded:
             load()
             loaded = True
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are not waited for
         if os.fork() == 0:
             listener.close()
             return watch(connection)
@@ -125,7 +132,8 @@ def watch(connection: socket.socket) -> list[str]:
     for stream in streams:
         os.close(stream)
     ended = os.pidfd_open(job)
-    ready, _, _ = select.select([ended, connection], [], [])
+    sources: list[Any] = [ended, connection]
+    ready, _, _ = select.select(sources, [], [])
     if ended not in ready:
         os.kill(job, signal.SIGKILL)
     _, status, used = os.wait4(job, 0)
@@ -134,10 +142,8 @@ def watch(connection: socket.socket) -> list[str]:
         "processor": used.ru_utime + used.ru_stime,
         "memory": used.ru_maxrss / 2**10,
     }
-    try:
+    with contextlib.suppress(OSError):  # whoever asked may be gone
         connection.sendall(json.dumps(told).encode() + b"\n")
-    except OSError:
-        pass
     os._exit(0)
 
 
@@ -178,10 +184,8 @@ def become(request: dict[str, Any], streams: list[int], watcher: int) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(Path(request["words"][0]).stem)  # what top shows
-    except OSError:
-        pass
 
 
 _ENVIRONMENT = dict(os.environ)
