@@ -89,6 +89,12 @@ def test_a_job_gets_the_words_folder_environment_and_streams_of_its_launcher(
         ("raise SystemExit(3)", 3),
         ("raise SystemExit('in words')", 1),
         ("raise ValueError('in words')", 1),
+        ("import atexit\natexit.register(lambda: __import__('sys').stderr.write('in words'))", 0),
+        (
+            "import sys, threading, time\n"
+            "threading.Thread(target=lambda: (time.sleep(0.5), sys.stderr.write('in words'))).start()",
+            0,
+        ),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL),
     ],
 )
