@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,18 +140,21 @@ def configuration() -> str:
 
 
 # -- artefacts ---------------------------------------------------------------------------------------------------
-def _outputs(rule: Path) -> tuple[str, list[tuple[str, bool]]]:
-    """What a rule is for, and its outputs: path with its wildcards, and whether it is a folder."""
-    text = rule.read_text()
-    purpose = re.search(r"^rule \w+:\n    # (.*)$", text, re.MULTILINE)
-    block = re.search(r"^    output:\n((?:        .*\n)+)", text, re.MULTILINE)
-    if purpose is None or block is None:
-        raise ValueError(f"{rule}: its first line must be a comment that says what it is for, and it must have outputs")
-    found = []
-    for folder, place, path in re.findall(r'=(directory\()?f"\{(\w+)\}/(.*?)"', block[1]):
-        named = re.sub(r"\{\{(.*?)\}\}", r"<\1>", path.replace("{{how}}", ""))
-        found.append((f"{_PLACES[place]}/{named}", bool(folder)))
-    return purpose[1], found
+def _rules(file: Path) -> Iterator[tuple[str, str, list[tuple[str, bool]]]]:
+    """Of each rule in a file: its name, what it is for, and its outputs (path with its wildcards, whether it is a folder)."""
+    _, *parts = re.split(r"^(?:use rule \w+ as|rule) (\w+)(?: with)?:\n", file.read_text(), flags=re.MULTILINE)
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        purpose = re.match(r"    # (.*)$", text, re.MULTILINE)
+        block = re.search(r"^    output:\n((?:        .*\n)+)", text, re.MULTILINE)
+        if purpose is None or block is None:
+            raise ValueError(
+                f"{file}: rule {name} must begin with a comment that says what it is for, and have outputs"
+            )
+        found = []
+        for folder, place, path in re.findall(r'=(directory\()?f"\{(\w+)\}/(.*?)"', block[1]):
+            named = re.sub(r"\{\{(.*?)\}\}", r"<\1>", path.replace("{{how}}", ""))
+            found.append((f"{_PLACES[place]}/{named}", bool(folder)))
+        yield name, purpose[1], found
 
 
 def _order() -> list[str]:
@@ -167,8 +170,8 @@ def _kind(kind: pa.DataType) -> str:
 
 def _written() -> list[list[str]]:
     rows = []
-    for rule in _order():
-        purpose, outputs = _outputs(ROOT / "rules" / f"{rule}.smk")
+    named = (rule for file in _order() for rule in _rules(ROOT / "rules" / f"{file}.smk"))
+    for rule, purpose, outputs in named:
         for number, (path, folder) in enumerate(outputs):
             stem = Path(path).stem
             table = "examples" if Path(path).parent.name == "examples" else stem
@@ -191,7 +194,7 @@ def artefacts() -> str:
         "",
         "`results` is the key `results` of the configuration. `<experts>e` is the number of experts kept per merged "
         "layer, on average; `<checkpoint>` is `full`, or `<variant>/<experts>e/` and `merged`, `pruned`, `recovered` or "
-        "`compressed`. Aligned otherwise than by weights, `permuted` and `permutation` have a suffix: `-weight-input` or "
+        "`compressed`; of the method `dense`, `finetuned`. Aligned otherwise than by weights, `permuted` and `permutation` have a suffix: `-weight-input` or "
         "`-activation`. Each job also leaves its log in `results/logs/<rule>/` and its time and memory in "
         "`results/benchmarks/<rule>/`. `results/.state/` holds what a killed training resumes from, and is gone when "
         "the training ends.",

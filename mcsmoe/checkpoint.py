@@ -158,16 +158,22 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def load(path: str | Path, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu") -> nn.Module:
+def load(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    dense: bool = False,
+) -> nn.Module:
     """The model of a stock folder, a hub name or a compact folder, in eval mode.
 
     Args:
         path: checkpoint folder, or name on the hub.
         dtype: of floating-point weights; as stored if None.
         device: where the weights go, one tensor at a time.
+        dense: a model without experts is wanted, to compare with, and no adapter treats it.
 
     Raises:
-        ValueError: not a checkpoint, not a Mixture-of-Experts model, or a file that is truncated, altered or foreign;
+        ValueError: not a checkpoint, not a Mixture-of-Experts model (or one, where ``dense``), or a file that is truncated, altered or foreign;
             names it.
     """
     folder = _resolve(path)
@@ -175,7 +181,7 @@ def load(path: str | Path, dtype: torch.dtype | str | None = None, device: str |
     config = compact.read_config(folder)
     if compact.SECTION in config:
         return _load_compact(folder, _dtype(dtype), torch.device(device))
-    return _load_stock(folder, config, _dtype(dtype), torch.device(device))
+    return _load_stock(folder, config, _dtype(dtype), torch.device(device), dense)
 
 
 def model_class(folder: Path, config: dict[str, Any]) -> Any:
@@ -191,8 +197,10 @@ def model_class(folder: Path, config: dict[str, Any]) -> Any:
     )
 
 
-def _load_stock(folder: Path, config: dict[str, Any], dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    from mcsmoe.adapters.registry import adapter_for
+def _load_stock(
+    folder: Path, config: dict[str, Any], dtype: torch.dtype | None, device: torch.device, dense: bool
+) -> nn.Module:
+    from mcsmoe.adapters.registry import adapter_for, has_experts
 
     for file in sorted(folder.glob("*.safetensors")):
         TensorFile(file)
@@ -204,7 +212,10 @@ def _load_stock(folder: Path, config: dict[str, Any], dtype: torch.dtype | None,
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{folder}: {error}") from error
     try:
-        adapter_for(model)
+        if not dense:
+            adapter_for(model)
+        elif has_experts(model):
+            raise ValueError(f"{type(model).__name__} has experts, and a dense model is asked for; name one without")
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     if report["missing_keys"]:

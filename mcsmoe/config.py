@@ -159,6 +159,12 @@ def _methods(config: Mapping[str, Any]) -> None:
             )
     if any(known[name].merge or known[name].parent for name in config["variants"]) and not config["experts"]:
         raise ValueError("experts is empty, but variants that merge are configured; say how many experts to keep")
+    given = config["model"]
+    if any(known[name].dense for name in config["variants"]) and given["checkpoint"] and not given["dense_checkpoint"]:
+        raise ValueError(
+            f"variants names a dense model, and model.checkpoint is {given['checkpoint']!r}, from which none can be made; "
+            "name the model to compare with in model.dense_checkpoint, or leave the variant out"
+        )
     if config["compress"]["initial_fraction"] + config["compress"]["final_fraction"] >= 1:
         raise ValueError(
             f"compress.initial_fraction is {config['compress']['initial_fraction']} and compress.final_fraction "
@@ -199,8 +205,9 @@ def complete(given: Mapping[str, Any], check_data: bool = True) -> dict[str, Any
     config: dict[str, Any] = fill(plain, schema())
     for message in _per_task(config):
         raise ValueError(message)
-    if config["model"]["checkpoint"] is not None:
-        config["model"]["checkpoint"] = _expand(config["model"]["checkpoint"])
+    for key in ("checkpoint", "dense_checkpoint"):
+        if config["model"][key] is not None:
+            config["model"][key] = _expand(config["model"][key])
     _methods(config)
     if check_data:
         _sources(config)

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 FULL = "full"
+DENSE = "dense"
 
 SIMILARITIES = (
     *("router-logits", "router-weight", "weight", "feature", "feature.abs", "weight-feature", "router-weight-feature"),
@@ -53,6 +54,7 @@ class Method:
     compress: bool = False
     decomposition: str = "svd"
     distillation_weight: float | None = None
+    dense: bool = False
 
     @property
     def needs_gradients(self) -> bool:
@@ -98,6 +100,7 @@ def _builtin() -> dict[str, Method]:
             budget="uniform",
         ),
         Method("compression", "low-rank plus sparse experts, none merged", compress=True),
+        Method(DENSE, "a model of the same layers without experts, fine-tuned", dense=True),
     ]
     return {method.name: method for method in made}
 
@@ -143,6 +146,10 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Method]:
                 raise ValueError(f"{field}.parent is {method.parent!r}, which merges nothing; name a method that does")
             if method.merge is not None or not method.compress:
                 raise ValueError(f"{field} has a parent, so it must compress (compress: true) and not merge again")
+        if method.dense and (method.merge or method.parent or method.compress):
+            raise ValueError(
+                f"{field} is dense, so it has no experts to merge or compress; leave merge, parent, compress out"
+            )
         if method.merge is None and method.recover:
             raise ValueError(f"{field}.recover is true, but it merges nothing (merge: null); set one of the two")
     return _untrained(known, config["variants"]) if config["zero_shot"] else known
@@ -155,7 +162,7 @@ def _untrained(known: dict[str, Method], variants: list[str]) -> dict[str, Metho
         ValueError: a variant that is nothing without training.
     """
     for name in variants:
-        if name in known and (known[name].compress or known[name].merge == TASK_SPECIFIC):
+        if name in known and (known[name].compress or known[name].dense or known[name].merge == TASK_SPECIFIC):
             raise ValueError(
                 f"variants names {name!r}, which has to train, and zero_shot is true; leave it out or set zero_shot: false"
             )
@@ -164,6 +171,8 @@ def _untrained(known: dict[str, Method], variants: list[str]) -> dict[str, Metho
 
 def stages(method: Method) -> list[str]:
     """Checkpoints the method makes of its own, in order; the last is its result."""
+    if method.dense:
+        return ["finetuned"]
     made = ["pruned" if method.merge == TASK_SPECIFIC else "merged"] if method.merge is not None else []
     made += ["recovered"] if method.recover else []
     return made + (["compressed"] if method.compress else [])

@@ -16,7 +16,13 @@ from mcsmoe.report import ReportInputs
 from mcsmoe.summary import Run
 from mcsmoe.tables import read_table
 
-_STAGES = {"full": "finetune", "recovered": "recover", "compressed": "compress"}
+_STAGES = {
+    "full": "finetune",
+    "finetuned": "finetune",
+    "pruned": "prune",
+    "recovered": "recover",
+    "compressed": "compress",
+}
 _PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "pandas", "pyarrow", "snakemake", "mlflow")
 
 
@@ -46,10 +52,10 @@ class Results:
     def curves(self, run: Run) -> dict[str, pd.DataFrame]:
         """Training curves of a method by stage, in the order they were run."""
         found: dict[str, pd.DataFrame] = {}
-        if run.variant == methods.FULL:
-            base = self.folder / "base" / f"seed{run.seed}" / "training.parquet"
-            found["pretrain"] = read_table(base, "training")
-        for stage in ("full", "recovered", "compressed"):
+        base = {methods.FULL: "training.parquet", methods.DENSE: "dense_training/training.parquet"}.get(run.variant)
+        if base is not None:
+            found["pretrain"] = read_table(self.folder / "base" / f"seed{run.seed}" / base, "training")
+        for stage in _STAGES:
             name = stage if stage == "full" else f"{run.variant}/{run.experts}e/{stage}"
             path = run.folder / f"{name}_training" / "training.parquet"
             if path.is_file() and (stage == "full") == (run.variant == methods.FULL):

@@ -92,7 +92,10 @@ SCHEMAS: dict[str, pa.Schema] = {
         variant=(_STRING, "method"),
         experts=(_INT, "experts kept per merged layer, on average"),
         seed=(_INT, "seed of the run"),
-        stage=(_STRING, "checkpoint that was evaluated: full, merged, recovered, compressed"),
+        stage=(
+            _STRING,
+            "checkpoint that was evaluated: full, finetuned (dense), merged, pruned, recovered, compressed",
+        ),
         split=(_STRING, "split that was evaluated"),
         protocol=(_STRING, "rank, rank_normalised, generate or paper_compat"),
         metric=(_STRING, "metric name"),

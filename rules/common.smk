@@ -54,6 +54,8 @@ LAUNCHER = os.path.relpath(f"{workflow.basedir}/mcsmoe/jobs/launch.py")
 LAUNCH = f"python -S -E {shlex.quote(LAUNCHER)}"
 FRESH = f"{LAUNCH} --fresh"
 TOGETHER = LAUNCH if PROCESSES == 1 else f"{LAUNCH} --processes {PROCESSES}"
+CHECKPOINT = CONFIG["model"]["checkpoint"]
+DENSE_CHECKPOINT = CONFIG["model"]["dense_checkpoint"]
 EXPERTS_IN_MODEL = configuration.num_experts(CONFIG)
 
 
@@ -63,7 +65,7 @@ wildcard_constraints:
     variant=r"[^/]+",
     experts=r"\d+",
     how="(-weight-input|-activation)?",
-    checkpoint=r"full|[^/]+/\d+e/(merged|pruned|recovered|compressed)",
+    checkpoint=r"full|[^/]+/\d+e/(merged|pruned|recovered|compressed|finetuned)",
 
 
 # Stages that select a checkpoint by how it answers.

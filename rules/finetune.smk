@@ -27,6 +27,7 @@ rule finetune:
         tokens=TOKENS,
         task=lambda wildcards: TASKS[wildcards.task],
         options=options("finetune"),
+        dense="",
         limits=limits(),
     message:
         "fine-tune the full model on {wildcards.task}, seed {wildcards.seed}"
@@ -36,4 +37,33 @@ rule finetune:
         "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} "
+        "{params.dense} "
         "--log {log.messages:q}"
+
+
+use rule finetune as finetune_dense with:
+    # The same of a model without experts, to compare with.
+    input:
+        model=f"{RESULTS}/base/seed{{seed}}/dense",
+        train=f"{RUN}/examples/train.parquet",
+        selection=f"{RUN}/examples/selection.parquet",
+    output:
+        model=directory(f"{RUN}/{{variant}}/1e/finetuned"),
+        training=f"{RUN}/{{variant}}/1e/finetuned_training/training.parquet",
+        selection=f"{RUN}/{{variant}}/1e/finetuned_training/selection.parquet",
+    log:
+        messages=f"{LOGS}/finetune/{{task}}-seed{{seed}}-{{variant}}.log",
+        usage=f"{BENCHMARKS}/finetune/{{task}}-seed{{seed}}-{{variant}}.tsv",
+    params:
+        code=code("finetune"),
+        launch=TOGETHER,
+        script=script("finetune"),
+        device=DEVICE,
+        state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}",
+        tokens=TOKENS,
+        task=lambda wildcards: TASKS[wildcards.task],
+        options=options("finetune"),
+        dense="--dense",
+        limits=limits(),
+    message:
+        "fine-tune the dense model on {wildcards.task}, seed {wildcards.seed}"

@@ -1,7 +1,7 @@
 rule prepare:
     # Take the configured checkpoint, or build a Switch Transformer, train its tokenizer and pre-train it.
     input:
-        unpack(pretraining_input),
+        unpack(pretraining_input(CHECKPOINT)),
     output:
         model=directory(f"{RESULTS}/base/seed{{seed}}/model"),
         training=f"{RESULTS}/base/seed{{seed}}/training.parquet",
@@ -21,8 +21,8 @@ rule prepare:
         script=script("prepare"),
         device=DEVICE,
         state=f"{STATE}/base/seed{{seed}}",
-        source=model_source,
-        options=pretraining_options,
+        source=model_source(CHECKPOINT),
+        options=pretraining_options(CHECKPOINT),
     message:
         "prepare the base model, seed {wildcards.seed}"
     shell:
@@ -31,3 +31,25 @@ rule prepare:
         "--model {output.model:q} --training {output.training:q} --state {params.state:q} "
         "{params.options} "
         "--log {log.messages:q}"
+
+
+use rule prepare as prepare_dense with:
+    # The same without experts, to compare with.
+    input:
+        unpack(pretraining_input(DENSE_CHECKPOINT)),
+    output:
+        model=directory(f"{RESULTS}/base/seed{{seed}}/dense"),
+        training=f"{RESULTS}/base/seed{{seed}}/dense_training/training.parquet",
+    log:
+        messages=f"{LOGS}/prepare/seed{{seed}}-dense.log",
+        usage=f"{BENCHMARKS}/prepare/seed{{seed}}-dense.tsv",
+    params:
+        code=code("prepare"),
+        launch=TOGETHER,
+        script=script("prepare"),
+        device=DEVICE,
+        state=f"{STATE}/base/seed{{seed}}-dense",
+        source=model_source(DENSE_CHECKPOINT, dense=True),
+        options=pretraining_options(DENSE_CHECKPOINT),
+    message:
+        "prepare the dense model, seed {wildcards.seed}"

@@ -18,6 +18,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="checkpoint, stock or compact")
     parser.add_argument("--task", required=True, help="task name, or path of a task file")
     parser.add_argument("--examples", type=Path, required=True, help="examples of the split to report")
+    parser.add_argument("--dense", action="store_true", help="the model has no experts")
     options.add_labels(parser)
     parser.add_argument("--split", default="validation", help="name of the split, for the table")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -43,7 +44,8 @@ def main(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     device = pick(arguments.device)
-    model, tokenizer = checkpoint.load(arguments.model, device=device), checkpoint.load_tokenizer(arguments.model)
+    model = checkpoint.load(arguments.model, device=device, dense=arguments.dense)
+    tokenizer = checkpoint.load_tokenizer(arguments.model)
     task = load_task(arguments.task)
     protocol = task.asked(arguments.protocol)
     examples = read_table(arguments.examples, "examples")

@@ -1,4 +1,4 @@
-"""Fine-tune the full model on a task: every expert, the routers and all the rest."""
+"""Fine-tune the full model on a task: every expert, the routers and all the rest; or a dense one to compare with."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ EXAMPLE = (
 
 def parse() -> argparse.Namespace:
     parser = console.parser(__doc__, EXAMPLE)
+    parser.add_argument("--dense", action="store_true", help="the model has no experts")
     options.add_training(parser, "finetune")
     return parser.parse_args()
 
@@ -26,7 +27,8 @@ def main(arguments: argparse.Namespace) -> None:
 
     job = Job.of(arguments, "finetune")
     weights = {key: job.settings[key] for key in ("balance_weight", "z_weight")}
-    job.run(__file__, TaskObjective(adapter_for(job.model), **weights))
+    adapter = None if arguments.dense else adapter_for(job.model)
+    job.run(__file__, TaskObjective(adapter, **weights))
     job.save(stage="finetune")
 
 

@@ -19,6 +19,7 @@ EXAMPLE = (
 def parse() -> argparse.Namespace:
     parser = console.parser(__doc__, EXAMPLE)
     parser.add_argument("--checkpoint", help="folder or hub name of a model to take as it is")
+    parser.add_argument("--dense", action="store_true", help="take or build a model without experts, to compare with")
     parser.add_argument("--corpus-seed", type=int, default=0, help="of the generated corpus")
     parser.add_argument("--examples", type=Path, nargs="*", default=[], help="examples to train on as text")
     parser.add_argument("--architecture", type=json.loads, default={}, help="fields of the model's configuration, JSON")
@@ -52,7 +53,7 @@ def take(arguments: argparse.Namespace) -> None:
 
     if console.rank() > 0:
         return  # nothing is trained, so the processes have nothing to share
-    model = checkpoint.load(arguments.checkpoint)
+    model = checkpoint.load(arguments.checkpoint, dense=arguments.dense)
     tokenizer = checkpoint.load_tokenizer(arguments.checkpoint)
     tables.write_table(arguments.training, tables.empty("training"), "training")
     checkpoint.save(model, arguments.model, tokenizer, provenance={"checkpoint": str(arguments.checkpoint)})
@@ -83,7 +84,7 @@ def build(arguments: argparse.Namespace) -> None:
     from mcsmoe.train import processes
     from mcsmoe.train.loop import Trainer
     from mcsmoe.train.objectives import TaskObjective
-    from mcsmoe.train.pretrain import SpanCorruption, build_switch
+    from mcsmoe.train.pretrain import SpanCorruption, build_dense, build_switch
     from mcsmoe.train.stages import plan_of, signature
     from mcsmoe.train.state import StateStore
     from mcsmoe.train.tokenizer import sentinel_ids, train_tokenizer
@@ -94,7 +95,8 @@ def build(arguments: argparse.Namespace) -> None:
     architecture = fill(arguments.architecture, section("model")["architecture"])
     corpus = texts(arguments)
     tokenizer = train_tokenizer(corpus, arguments.vocab_size, arguments.sentinels, arguments.lowercase)
-    model = build_switch(architecture, len(tokenizer), arguments.seed, arguments.near_heads, arguments.residual_scale)
+    made = build_dense if arguments.dense else build_switch
+    model = made(architecture, len(tokenizer), arguments.seed, arguments.near_heads, arguments.residual_scale)
     order = np.random.default_rng(arguments.seed).permutation(len(corpus))
     encoded = tokenizer([corpus[place] for place in order], add_special_tokens=True)["input_ids"]
     stream = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
@@ -117,7 +119,8 @@ def build(arguments: argparse.Namespace) -> None:
     files = [Path(file) for file in arguments.files] + arguments.examples
     made_from = signature(__file__, files, processes=processes.count(), **vars(arguments))
     store = StateStore(arguments.state, made_from)
-    objective = TaskObjective(adapter_for(model), arguments.balance_weight, arguments.z_weight)
+    adapter = None if arguments.dense else adapter_for(model)
+    objective = TaskObjective(adapter, arguments.balance_weight, arguments.z_weight)
     result = Trainer(model, plan, objective, batches.batch, store, device=arguments.device).run("pre-train")
     if processes.is_main():
         write_table(arguments.training, result.training, "training")

@@ -17,6 +17,7 @@ def parse() -> argparse.Namespace:
     parser = console.parser(__doc__, EXAMPLE)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint, stock or compact")
     parser.add_argument("--task", required=True, help="task name, or path of a task file, for the table")
+    parser.add_argument("--dense", action="store_true", help="the model has no experts")
     options.add_labels(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--table", type=Path, required=True, help="written: one row")
@@ -38,7 +39,7 @@ def main(arguments: argparse.Namespace) -> None:
         device = str(pick("auto"))
     else:
         device = arguments.device
-    measured = measure(arguments.model, device=device, **settings)
+    measured = measure(arguments.model, device=device, dense=arguments.dense, **settings)
     row = {**options.labels(arguments, load_task(arguments.task).name), **measured}
     write_table(arguments.table, pd.DataFrame([row]), "cost")
     console.log.info(

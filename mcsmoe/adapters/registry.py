@@ -35,15 +35,28 @@ def adapter_for(model: nn.Module) -> Adapter:
     )
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether any module of ``model`` is named like experts, treated by an adapter or not."""
+    return _experts(model) is not None
+
+
+def _experts(model: nn.Module) -> tuple[str, nn.Module] | None:
+    for path, module in model.named_modules():
+        if "expert" in type(module).__name__.lower() or path.rpartition(".")[2] == "experts":
+            return path, module
+    return None
+
+
 def _reason(model: nn.Module, found: list[type[Adapter]]) -> str:
     for adapter in found:
         reason = adapter.refusal(model)
         if reason is not None:
             return f"cannot be treated exactly: {reason}"
-    for path, module in model.named_modules():
-        if "expert" in type(module).__name__.lower() or path.rpartition(".")[2] == "experts":
-            return (
-                f"has experts ({path!r}, a {type(module).__name__}), but stores them in a way that no adapter can "
-                "treat exactly"
-            )
+    known = _experts(model)
+    if known is not None:
+        path, module = known
+        return (
+            f"has experts ({path!r}, a {type(module).__name__}), but stores them in a way that no adapter can "
+            "treat exactly"
+        )
     return "has no sparse layers: it is not a Mixture-of-Experts model, so there are no experts to merge or compress"

@@ -51,11 +51,13 @@ def measure(
     threads: int = 1,
     device: str = "cpu",
     dtype: str = "float32",
+    dense: bool = False,
 ) -> dict[str, Any]:
     """Measure the checkpoint folder ``path`` in a fresh process.
 
     One forward pass over a batch of seeded random token ids, no padding: ``batch_size`` examples of ``input_tokens``
-    into the encoder and ``label_tokens`` into the decoder (a decoder-only model sees both in one sequence).
+    into the encoder and ``label_tokens`` into the decoder (a decoder-only model sees both in one sequence). ``dense``: the
+    model has no experts.
 
     Returns:
         The columns of the ``cost`` table that follow ``stage``. Bytes in bytes, ``latency_ms`` the median of
@@ -78,7 +80,8 @@ def measure(
     if dtype not in _DTYPES:
         raise ValueError(f"cost setting dtype is {dtype!r}; use one of {', '.join(_DTYPES)}")
     weight_bytes(path)  # refuse a folder that is no checkpoint before seconds go into a process
-    request = json.dumps({"path": os.fspath(path), "repeats": repeats, "settings": asdict(settings)})
+    asked = {"path": os.fspath(path), "repeats": repeats, "settings": asdict(settings), "dense": dense}
+    request = json.dumps(asked)
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
@@ -219,9 +222,11 @@ def count_flops(run: Callable[[], object]) -> int:
 
 
 def experts_per_layer(model: nn.Module) -> list[int]:
-    """Distinct experts stored in each sparse layer, in forward order."""
-    from mcsmoe.adapters.registry import adapter_for
+    """Distinct experts stored in each sparse layer, in forward order; none of a model without experts."""
+    from mcsmoe.adapters.registry import adapter_for, has_experts
 
+    if not has_experts(model):
+        return []
     adapter = adapter_for(model)
     return [adapter.expert_to_group(model, layer).unique().numel() for layer in adapter.layers(model)]
 
@@ -294,7 +299,8 @@ def _main(request: str) -> dict[str, Any]:
     settings = Settings(**asked["settings"])
 
     def load() -> nn.Module:
-        return checkpoint.load(asked["path"], dtype=getattr(torch, settings.dtype), device=settings.device)
+        dtype = getattr(torch, settings.dtype)
+        return checkpoint.load(asked["path"], dtype=dtype, device=settings.device, dense=asked["dense"])
 
     try:
         return measure_here(asked["path"], settings, asked["repeats"], load)

@@ -41,10 +41,12 @@ def _logits(model: nn.Module, rows: dict[str, Tensor]) -> Tensor:
 class TaskObjective:
     """Cross-entropy per label token, plus Switch's load-balancing loss averaged over layers while routers train.
 
+    Without an ``adapter`` (a model that has no experts) there is no load to balance.
+
     Where ``usage`` is given it is told, per sparse layer, how many tokens chose each expert (int64 [E]).
     """
 
-    adapter: Adapter
+    adapter: Adapter | None
     balance_weight: float = 0.0
     z_weight: float = 0.0
     usage: Callable[[LayerId, Tensor], None] | None = None
@@ -53,7 +55,7 @@ class TaskObjective:
         return totals_of(batch)
 
     def __call__(self, model: nn.Module, rows: dict[str, Tensor], totals: Totals) -> dict[str, Tensor]:
-        if not self.balance_weight and self.usage is None:
+        if self.adapter is None or (not self.balance_weight and self.usage is None):
             task = cross_entropy_sum(_logits(model, rows), rows["labels"]) / totals.labels
             return {"loss": task, "task_loss": task}
         bare = getattr(model, "module", model)

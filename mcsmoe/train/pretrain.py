@@ -14,9 +14,13 @@ from torch import Tensor
 from mcsmoe.train.losses import IGNORED
 
 if TYPE_CHECKING:
-    from transformers import SwitchTransformersForConditionalGeneration
+    from transformers import SwitchTransformersForConditionalGeneration, T5ForConditionalGeneration
 
 Ids = NDArray[np.int64]
+_OF_EXPERTS = (
+    *("num_sparse_encoder_layers", "num_sparse_decoder_layers", "num_experts", "expert_capacity"),
+    "router_jitter_noise",
+)
 _NEAR, _FAR = 2.0, 8.0  # logits a neighbour's head loses per position, and at most
 
 
@@ -35,14 +39,34 @@ def build_switch(
     )
     torch.manual_seed(seed)
     model = SwitchTransformersForConditionalGeneration(config)
-    if near_heads:
-        _look_near(model)
-    _scale_residual(model, residual_scale)
+    _start(model, near_heads, residual_scale)
     return model
 
 
+def build_dense(
+    architecture: dict[str, Any], vocab_size: int, seed: int, near_heads: bool = True, residual_scale: float = 1.0
+) -> T5ForConditionalGeneration:
+    """A T5 with random weights and the layers of ``build_switch``'s model, every one of them dense: what a token passes
+    through is of the same size. (The library's Switch keeps one sparse layer where none is asked for.)
+    """
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    layers = {name: value for name, value in architecture.items() if name not in _OF_EXPERTS}
+    config = T5Config(vocab_size=vocab_size, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **layers)
+    torch.manual_seed(seed)
+    model = T5ForConditionalGeneration(config)
+    _start(model, near_heads, residual_scale)
+    return model
+
+
+def _start(model: Any, near_heads: bool, residual_scale: float) -> None:
+    if near_heads:
+        _look_near(model)
+    _scale_residual(model, residual_scale)
+
+
 @torch.no_grad()
-def _scale_residual(model: SwitchTransformersForConditionalGeneration, scale: float) -> None:
+def _scale_residual(model: Any, scale: float) -> None:
     """Make everything that is added up in the residual stream smaller by ``scale``, and the last norm make up for it.
 
     The library starts embeddings with a deviation of 1. AdamW moves each entry by about a learning rate a step, so a rare
@@ -57,7 +81,7 @@ def _scale_residual(model: SwitchTransformersForConditionalGeneration, scale: fl
 
 
 @torch.no_grad()
-def _look_near(model: SwitchTransformersForConditionalGeneration) -> None:
+def _look_near(model: Any) -> None:
     """Start attention heads at different ranges: at the neighbour before, the neighbour after, and ever wider.
 
     AdamW moves a position bias by about one learning rate a step, so from the near-zero start of the library a head needs

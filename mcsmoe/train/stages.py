@@ -84,7 +84,7 @@ class Job:
         return Job(
             arguments,
             options.settings(arguments, section),
-            checkpoint.load(arguments.model),
+            checkpoint.load(arguments.model, dense=getattr(arguments, "dense", False)),
             tokenizer,
             load_task(arguments.task),
             train,

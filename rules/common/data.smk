@@ -37,38 +37,48 @@ def raw_source(wildcards, input):
     )
 
 
-def pretraining_input(wildcards):
-    """Files of the corpus, and the tasks' examples where their text is trained on."""
-    found = {}
-    if CONFIG["model"]["checkpoint"] is None:
-        if CONFIG["pretrain"]["corpus"] == "files":
-            found["corpus"] = CONFIG["pretrain"]["files"]
-        if CONFIG["pretrain"]["task_text"]:
-            found["examples"] = [
-                f"{RESULTS}/{task}/seed{wildcards.seed}/examples/train.parquet"
-                for task in TASKS
-            ]
-    elif Path(CONFIG["model"]["checkpoint"]).is_dir():
-        found["checkpoint"] = CONFIG["model"]["checkpoint"]
-    return found
+def pretraining_input(given):
+    """Files of the corpus, and the tasks' examples where their text is trained on; or the given checkpoint."""
+
+    def made(wildcards):
+        found = {}
+        if given is None:
+            if CONFIG["pretrain"]["corpus"] == "files":
+                found["corpus"] = CONFIG["pretrain"]["files"]
+            if CONFIG["pretrain"]["task_text"]:
+                found["examples"] = [
+                    f"{RESULTS}/{task}/seed{wildcards.seed}/examples/train.parquet"
+                    for task in TASKS
+                ]
+        elif Path(given).is_dir():
+            found["checkpoint"] = given
+        return found
+
+    return made
 
 
-def model_source(wildcards, input):
+def model_source(given, dense=False):
     """The checkpoint to take, or what a model is built and pre-trained from, as command-line options."""
-    if CONFIG["model"]["checkpoint"] is not None:
-        return shlex.join(["--checkpoint", CONFIG["model"]["checkpoint"]])
-    words = ["--corpus-seed", str(CONFIG["data"]["seed"])]
-    if "examples" in input.keys():
-        words += [
-            "--examples",
-            *([input.examples] if isinstance(input.examples, str) else input.examples),
-        ]
-    return shlex.join(words)
+
+    def made(wildcards, input):
+        words = ["--dense"] if dense else []
+        if given is not None:
+            return shlex.join([*words, "--checkpoint", given])
+        words += ["--corpus-seed", str(CONFIG["data"]["seed"])]
+        if "examples" in input.keys():
+            examples = input.examples
+            words += [
+                "--examples",
+                *([examples] if isinstance(examples, str) else examples),
+            ]
+        return shlex.join(words)
+
+    return made
 
 
-def pretraining_options(wildcards):
+def pretraining_options(given):
     """Architecture, tokenizer and pre-training settings as command-line options; none for a given checkpoint."""
-    if CONFIG["model"]["checkpoint"] is not None:
+    if given is not None:
         return ""
     model = CONFIG["model"]
     parts = [

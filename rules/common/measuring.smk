@@ -30,13 +30,14 @@ RUN_LIST = json.dumps(
 def labels_of(wildcards):
     """Variant, experts and stage of a checkpoint, for the columns of its tables, as command-line options."""
     variant, experts = LABELS[wildcards.checkpoint]
-    return as_flags(
+    names = as_flags(
         {
             "variant": variant,
             "experts": experts,
             "stage": wildcards.checkpoint.rpartition("/")[2],
         }
     )
+    return f"{names} --dense" if METHODS[variant].dense else names
 
 
 def everything_measured(wildcards):
@@ -51,6 +52,10 @@ def everything_measured(wildcards):
     }
     for seed in CONFIG["seeds"]:
         found["training"].append(f"{RESULTS}/base/seed{seed}/training.parquet")
+        if any(method.dense for method in CONFIGURED):
+            found["training"].append(
+                f"{RESULTS}/base/seed{seed}/dense_training/training.parquet"
+            )
         for task in TASKS:
             run = f"{RESULTS}/{task}/seed{seed}"
             found["routing"].append(f"{run}/routing.parquet")

@@ -4,6 +4,8 @@
 def experts_of(variant):
     """For how many experts on average a variant is run."""
     method = METHODS[variant]
+    if method.dense:
+        return [1]
     if method.merge is None and method.parent is None:
         return [EXPERTS_IN_MODEL or 0]
     return CONFIG["experts"]
