@@ -182,9 +182,10 @@ def gone(process: psutil.Process) -> bool:
 
 
 @linux
-def test_a_job_ends_with_its_launcher(tmp_path: Path, server: str) -> None:
-    launcher, job = waiting_job(tmp_path, server)
-    assert job.name() == "job"
+@pytest.mark.parametrize("forked", [True, False])
+def test_a_job_ends_with_its_launcher(tmp_path: Path, server: str, forked: bool) -> None:
+    launcher, job = waiting_job(tmp_path, server if forked else "")
+    assert (job.name() == "job") == forked
     launcher.kill()
     launcher.wait()
     until(lambda: gone(job))

@@ -6,6 +6,7 @@ random number is drawn for every row (dropout), two processes draw others than o
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -184,6 +185,13 @@ class Place:
     def environment() -> dict[str, str]:
         return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
+    def pretraining(self, name: str) -> list[str]:
+        place = self.folder / name
+        words = "--corpus synthetic --steps 8 --batch-size 8 --window 24 --vocab-size 300 --sentinels 8 --balance-weight 0.05"
+        words += " --device cpu --save-every 3 --dropout --learning-rate 0.001 --warmup-steps 2"
+        words += f" --model {place}/model --training {place}/training.parquet --state {place}/state"
+        return ["--architecture", json.dumps(ARCHITECTURE), *words.split()]
+
     def training(self, name: str, model: str, **settings: Any) -> list[str]:
         """Command line of a training stage that writes below ``name``."""
         place = self.folder / name
@@ -216,6 +224,9 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     made = Place(tmp_path_factory.mktemp("stages"))
     for processes in (1, 2):
+        made.run(processes, "prepare", *made.pretraining(f"based{processes}"))
+        pruning = {"experts": 2, "groups": f"pruned{processes}/groups.parquet", "balance_weight": 0.05}
+        made.run(processes, "prune", *made.training(f"pruned{processes}", "base", **pruning))
         made.run(processes, "finetune", *made.training(f"full{processes}", "base", balance_weight=0.05))
     limits = ("--max-input", "64", "--max-label", "16", "--tokens", "tokens")
     made.run(1, "cache_teacher", *f"--model full1/model --train train.parquet --out teacher {' '.join(limits)}".split())
@@ -236,7 +247,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.workflow
-@pytest.mark.parametrize("stage", ["full", "recovered", "compressed"])
+@pytest.mark.parametrize("stage", ["full", "pruned", "recovered", "compressed"])
 def test_a_stage_gives_the_same_with_one_process_and_with_two(place: Place, stage: str) -> None:
     one, two = (place.folder / f"{stage}{processes}" for processes in (1, 2))
     assert largest_difference(weights(one / "model"), weights(two / "model")) < WEIGHTS
@@ -245,6 +256,21 @@ def test_a_stage_gives_the_same_with_one_process_and_with_two(place: Place, stag
     pd.testing.assert_frame_equal(*(read_table(folder / "selected.parquet", "selection") for folder in (one, two)))
     assert not (two / "state").exists()
     assert (two / "log").read_text().count("kept the state after step") == 1
+
+
+@pytest.mark.workflow
+def test_two_processes_pre_train_like_one(place: Place) -> None:
+    one, two = (place.folder / f"based{processes}" for processes in (1, 2))
+    assert largest_difference(weights(one / "model"), weights(two / "model")) < WEIGHTS
+    curves = [read_table(folder / "training.parquet", "training").drop(columns="seconds") for folder in (one, two)]
+    pd.testing.assert_frame_equal(*curves, rtol=0, atol=LOSSES)
+
+
+@pytest.mark.workflow
+def test_the_same_experts_fall_in_the_stage(place: Place) -> None:
+    one, two = (read_table(place.folder / f"pruned{count}" / "groups.parquet", "groups") for count in (1, 2))
+    pd.testing.assert_frame_equal(one, two)
+    assert (one.groupby("layer")["group"].nunique() == 2).all()
 
 
 @pytest.mark.workflow
@@ -291,7 +317,8 @@ def test_two_killed_processes_end_with_their_launcher_and_resume_to_the_same(pla
         deadline = time.monotonic() + 120
         while not list(state.glob("step-*.safetensors")) and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.005)
-        workers = children(process.pid)
+        (together,) = children(process.pid)
+        workers = children(together)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert len(workers) == 2

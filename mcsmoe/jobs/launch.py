@@ -109,7 +109,11 @@ def _own(words: list[str], processes: int) -> tuple[int, float, float]:
         # launcher's. (accelerate's own launcher starts only one process where there is no GPU.)
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    child = os.spawnv(os.P_NOWAIT, sys.executable, command + words)
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        _die_with(parent)
+        os.execv(command[0], command + words)
 
     def pass_on(number: int, _frame: object) -> None:
         os.kill(child, number)
@@ -118,6 +122,18 @@ def _own(words: list[str], processes: int) -> tuple[int, float, float]:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _, status, used = os.wait4(child, 0)
     return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, megabytes(used.ru_maxrss)
+
+
+def _die_with(parent: int) -> None:
+    """Let the kernel end this process when ``parent`` ends, so that a killed launcher leaves no job behind."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+    import signal
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; it outlives the exec
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def megabytes(maxrss: int) -> float:
