@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlparse
 
-from mcsmoe.artefacts import explained, unwritable
+from mcsmoe.artefacts import atomic_file, explained, unwritable
 from mcsmoe.console import progress
 from mcsmoe.run_record import RunRecord, content_digest, final_metrics, flatten, points, write_artefacts
 
@@ -121,9 +121,9 @@ class _Store:
         self.root = results / ARTIFACTS
         self.pictures: dict[str, bytes] = {}
         self.origin = _EMBEDDED if self.embedded else hashlib.sha256(str(results).encode()).hexdigest()[:16]
-        if self.embedded:
-            results.mkdir(parents=True, exist_ok=True)
         try:
+            if self.embedded and not (results / DATABASE).exists():
+                self._found(results / DATABASE)
             self.client = self.mlflow.MlflowClient(tracking_uri=uri)
             self.client.search_experiments(max_results=1)
         except Exception as error:
@@ -137,6 +137,15 @@ class _Store:
             raise ValueError(f"the MLflow store {uri} does not answer ({error}); {remedy}") from error
         if self.embedded:
             _relocate(results / DATABASE, self.root)
+
+    def _found(self, database: Path) -> None:
+        """Make an empty store that appears only once whole: MLflow's own, half-made by a killed process, opens no more."""
+        with atomic_file(database) as partial:
+            client = self.mlflow.MlflowClient(tracking_uri=f"sqlite:///{partial}")
+            client.search_experiments(max_results=1)
+            engine = getattr(client._tracking_client.store, "engine", None)
+            if engine is not None:
+                engine.dispose()
 
     def experiment(self, task: str) -> str:
         """Id of the task's experiment, made or restored if need be."""

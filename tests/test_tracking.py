@@ -6,6 +6,9 @@ import dataclasses
 import math
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,3 +237,32 @@ def test_final_metrics_have_the_same_names_for_every_variant() -> None:
     assert found[1]["metrics/f1"] == pytest.approx(summary["value"].iloc[1] - 0.01)
     assert found[1]["cost/bytes_on_disk"] == summary["bytes_on_disk"].iloc[1]
     assert math.isnan(found[0]["score_p_value"]), "the full model is compared with nothing"
+
+
+def test_publishing_that_is_killed_while_the_store_is_made_is_simply_done_again(tmp_path: Path) -> None:
+    """MLflow makes its tables one by one; a database with some of them opens no more."""
+    script = (
+        "import sys\n"
+        "from sqlalchemy import event\n"
+        "from sqlalchemy.engine import Engine\n"
+        "from mcsmoe import tracking\n"
+        "made = []\n"
+        "@event.listens_for(Engine, 'before_cursor_execute')\n"
+        "def stop(connection, cursor, statement, *rest):\n"
+        "    if 'CREATE TABLE' in statement:\n"
+        "        made.append(statement)\n"
+        "    if len(made) == 12:\n"
+        "        import os, signal\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "record = tracking.RunRecord('COPA', 'full', 8, 0, metrics={'score': 0.5})\n"
+        "tracking.publish(None, sys.argv[1], [record])\n"
+    )
+    results = tmp_path / "results"
+    killed = subprocess.run([sys.executable, "-c", script, str(results)], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert list(results.glob(".mlflow.db.partial*"))
+    assert not (results / "mlflow.db").exists()
+    record = tracking.RunRecord("COPA", "full", 8, 0, metrics={"score": 0.5})
+    (published,) = tracking.publish(None, results, [record])
+    assert published.action == "created"
+    assert not list(results.glob(".mlflow.db*"))
