@@ -58,9 +58,11 @@ def _is_running(pid: int) -> bool:
 def _remove_leftovers(target: Path) -> None:
     """Remove what killed processes of this machine left half-made beside ``target``."""
     for kind in ("partial", "replaced"):
-        pattern = _beside(Path(glob.escape(target.name)), kind, "*").name
-        for path in target.parent.glob(pattern):
-            pid = path.name.rpartition("-")[2]
+        start = _beside(Path(target.name), kind, "").name
+        for path in target.parent.glob(f"{glob.escape(start)}*"):
+            pid = path.name.removeprefix(start).partition("-")[
+                0
+            ]  # SQLite puts a journal of the same name and more beside it
             if pid.isdigit() and not _is_running(int(pid)):
                 _remove(path)
 
