@@ -29,7 +29,7 @@ TINY: dict[str, Any] = yaml.safe_load((ROOT / "tests" / "tiny_workflow.yaml").re
 
 IGNORED = {
     "logs/*": "times of day",
-    "benchmarks/*": "Snakemake's wall and processor seconds, memory",
+    "benchmarks/*": "wall and processor seconds, memory",
     "mlflow.db": "run identifiers are random, times are of the clock; its content is compared by run, name and value",
     "mlartifacts/*": "folders carry the random run identifiers; tables in them are the parquet tables compared here",
     "published.json": "names the random run identifiers",
