@@ -172,7 +172,8 @@ def _both_tails(differences: Array) -> float:
     return min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1))
 
 
-def _verdict(difference: float, p_value: float) -> str:
+def verdict(difference: float, p_value: float) -> str:
+    """In words, what a difference of two scores and its p-value allow one to say."""
     if p_value >= SIGNIFICANCE or difference == 0:
         return "within noise"
     return "better" if difference > 0 else "worse"
@@ -219,7 +220,7 @@ def paired(
         p_value = mcnemar(before.statistics_US[:, 0] > 0, after.statistics_US[:, 0] > 0)
     else:
         test, p_value = BOOTSTRAP, _both_tails(differences)
-    return Comparison(difference, low, high, p_value, test, _verdict(difference, p_value), before.n)
+    return Comparison(difference, low, high, p_value, test, verdict(difference, p_value), before.n)
 
 
 def over_seeds(values: Sequence[float]) -> Seeds:
