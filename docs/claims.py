@@ -44,6 +44,8 @@ class Answers:
 
         self.seeds = seeds
         folders = [results / task / f"seed{seed}" for seed in seeds]
+        summary = read_table(results / "summary.parquet", "summary")
+        self.variants = list(dict.fromkeys(summary["variant"]))  # in the order in which they were configured
         self.found: dict[tuple[str, str], Right] = {}
         for file in sorted(folders[0].rglob("predictions.parquet")):
             checkpoint = file.parent.relative_to(folders[0])
@@ -97,7 +99,7 @@ def methods_table(answers: Answers) -> Iterable[str]:
 
     yield "| method | before recovery | against full | p | after recovery | against full | p |"
     yield "|---|---|---|---|---|---|---|"
-    for variant in dict.fromkeys(name for name, _ in answers.found):
+    for variant in answers.variants:
         cells = []
         for when in ("before", "after"):
             made, full = answers[variant, when], answers["full", when]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_results
 import numpy as np
 import pandas as pd
 import pytest
@@ -55,9 +56,12 @@ def test_the_tables_show_what_a_run_answered(tmp_path: Path) -> None:
         write_table(
             tmp_path / "COPA" / f"seed{seed}" / f"{checkpoint}_evaluation" / "predictions.parquet", table, "predictions"
         )
+    summary = fake_results.summary(("COPA",), ("full", "pruning", "msmoe"), (2,), (0, 1))
+    write_table(tmp_path / "summary.parquet", summary, "summary")
     command = [sys.executable, ROOT / "docs" / "claims.py", "--results", tmp_path, "--task", "COPA"]
     shown = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stdout
     assert "seeds: 0, 1" in shown
+    assert shown.index("`full`") < shown.index("`pruning`") < shown.index("`msmoe`")
     assert "| `msmoe` | 0.250 (0.250, 0.250) | -0.750 within noise |" in shown
     assert "| 0.750 (0.750, 0.750) | -0.250 within noise |" in shown
     assert "| M-SMoE over pruning | +25.0 (+25.0, +25.0) |" in shown
