@@ -274,6 +274,17 @@ def test_the_same_experts_fall_in_the_stage(place: Place) -> None:
 
 
 @pytest.mark.workflow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("stage", ["recovered", "compressed"])
+def test_recovery_and_compression_leave_routers_as_they_were(place: Place, stage: str, processes: int) -> None:
+    before, after = (weights(place.folder / name / "model") for name in ("full1", f"{stage}{processes}"))
+    routers = [name for name in before if ".router." in name]
+    assert len(routers) == 2
+    assert all(torch.equal(before[name], after[name]) for name in routers)
+    assert any(not torch.equal(before[name], after[name]) for name in set(before) & set(after) - set(routers))
+
+
+@pytest.mark.workflow
 def test_two_processes_keep_the_rows_that_one_keeps(place: Place) -> None:
     one, two = (load_file(place.folder / f"compressed{count}" / "model" / "model.safetensors") for count in (1, 2))
     masks = {name: tensor for name, tensor in one.items() if name.endswith("row_index_N")}
