@@ -60,9 +60,8 @@ def _remove_leftovers(target: Path) -> None:
     for kind in ("partial", "replaced"):
         start = _beside(Path(target.name), kind, "").name
         for path in target.parent.glob(f"{glob.escape(start)}*"):
-            pid = path.name.removeprefix(start).partition("-")[
-                0
-            ]  # SQLite puts a journal of the same name and more beside it
+            # SQLite puts a journal beside a file, of the same name and more.
+            pid = path.name.removeprefix(start).partition("-")[0]
             if pid.isdigit() and not _is_running(int(pid)):
                 _remove(path)
 

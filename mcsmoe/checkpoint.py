@@ -173,8 +173,8 @@ def load(
         dense: a model without experts is wanted, to compare with, and no adapter treats it.
 
     Raises:
-        ValueError: not a checkpoint, not a Mixture-of-Experts model (or one, where ``dense``), or a file that is truncated, altered or foreign;
-            names it.
+        ValueError: not a checkpoint, not a Mixture-of-Experts model (or one, where ``dense``), or a file that is truncated,
+            altered or foreign; names it.
     """
     folder = _resolve(path)
     check_sums(folder, lambda name: name in _OF_MODEL)

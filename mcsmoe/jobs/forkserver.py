@@ -33,17 +33,11 @@ from typing import Any
 
 LIBRARIES = [
     *("torch", "numpy", "pandas", "pyarrow.parquet", "safetensors.torch", "datasets", "scipy.optimize", "scipy.linalg"),
-    *(
-        "accelerate",
-        "transformers.modeling_utils",
-        "transformers.generation",
-        "transformers.tokenization_utils_tokenizers",
-    ),
+    *("accelerate", "transformers.modeling_utils", "transformers.generation"),
+    "transformers.tokenization_utils_tokenizers",
     *("transformers.models.auto.modeling_auto", "transformers.models.switch_transformers.modeling_switch_transformers"),
 ]
 """What most stages import, none of it ours: a job must read the code of the project as it is."""
-
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 # -- the workflow's side -------------------------------------------------------------------------------------------
@@ -172,11 +166,9 @@ def alike(request: dict[str, Any]) -> bool:
 
 def become(request: dict[str, Any], streams: list[int], watcher: int) -> None:
     """Take over the streams, folder and environment of the one that asked, and die with the watcher."""
-    import ctypes
+    from mcsmoe.jobs.launch import die_with
 
-    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != watcher:
-        os._exit(1)
+    die_with(watcher)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)

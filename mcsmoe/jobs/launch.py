@@ -112,7 +112,7 @@ def _own(words: list[str], processes: int) -> tuple[int, float, float]:
     parent = os.getpid()
     child = os.fork()
     if child == 0:
-        _die_with(parent)
+        die_with(parent)
         os.execv(command[0], command + words)
 
     def pass_on(number: int, _frame: object) -> None:
@@ -124,8 +124,8 @@ def _own(words: list[str], processes: int) -> tuple[int, float, float]:
     return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, megabytes(used.ru_maxrss)
 
 
-def _die_with(parent: int) -> None:
-    """Let the kernel end this process when ``parent`` ends, so that a killed launcher leaves no job behind."""
+def die_with(parent: int) -> None:
+    """Let the kernel end this process when ``parent``, which started it, ends; nothing but on Linux."""
     if not sys.platform.startswith("linux"):
         return
     import ctypes

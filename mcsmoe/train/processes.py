@@ -6,10 +6,7 @@ Each process holds the whole model and takes every n-th row of each batch. What 
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,11 +16,10 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from mcsmoe.device import pick
+from mcsmoe.jobs.launch import die_with
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 def is_cpu(device: str) -> bool:
@@ -43,7 +39,8 @@ def start(device: str) -> torch.device:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if here == 1:
         return pick(device)
-    _die_with_launcher()
+    # The launcher starts its processes in a session of their own, which outlives it.
+    die_with(os.getppid())
     if not is_cpu(device) and torch.accelerator.device_count() < here:
         raise ValueError(
             f"processes is {here}, but this machine shows {torch.accelerator.device_count()} accelerators to the job; "
@@ -56,16 +53,6 @@ def _state(device: str) -> PartialState:
     from accelerate import PartialState
 
     return PartialState(cpu=is_cpu(device))
-
-
-def _die_with_launcher() -> None:
-    """End with the launcher, however it ends: it starts its processes in a session of their own, which outlives it."""
-    if not sys.platform.startswith("linux"):
-        return
-    launcher = os.getppid()
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != launcher:
-        sys.exit("the launcher has ended")
 
 
 def count() -> int:
