@@ -102,7 +102,7 @@ def save(options: argparse.Namespace, form: str, folder: Path) -> None:
 def main(options: argparse.Namespace) -> None:
     import torch
 
-    from mcsmoe.artefacts import write_json
+    from mcsmoe.artefacts.atomic import write_json
     from mcsmoe.evaluate.cost import measure
 
     if options.quick:

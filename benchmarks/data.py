@@ -56,12 +56,12 @@ def step_seconds(model: Any, batches: list[dict[str, Any]]) -> list[float]:
 def main(options: argparse.Namespace) -> None:
     import torch
 
-    from mcsmoe import checkpoint
+    from mcsmoe.artefacts.tables import read_table
+    from mcsmoe.checkpoint.load import load_model, load_tokenizer
     from mcsmoe.data.collate import TaskBatches, padding_share, tokenize
-    from mcsmoe.tables import read_table
 
     torch.set_num_threads(options.threads)
-    rows, tokenizer = read_table(options.examples, "examples"), checkpoint.load_tokenizer(options.model)
+    rows, tokenizer = read_table(options.examples, "examples"), load_tokenizer(options.model)
     with tempfile.TemporaryDirectory() as folder:
         times = []
         for _ in range(2):
@@ -76,7 +76,7 @@ def main(options: argparse.Namespace) -> None:
     for step in range(batches.steps_per_epoch):
         batches.batch(step)
     loader = time.perf_counter() - start
-    model = checkpoint.load(options.model).train()
+    model = load_model(options.model).train()
     model_step = statistics.median(step_seconds(model, [batches.batch(step) for step in range(options.steps + 1)]))
     epoch = model_step * batches.steps_per_epoch
     print(

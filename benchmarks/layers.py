@@ -245,7 +245,7 @@ def main(options: argparse.Namespace) -> None:
     peak = f"{rate_flops / statistics.median(times) / 1e6:.0f} GFLOP/s ({options.threads} threads, {options.dtype})"
     print_table(rows, peak)
     if options.out:
-        from mcsmoe.artefacts import write_json
+        from mcsmoe.artefacts.atomic import write_json
 
         settings = {key: value for key, value in vars(options).items() if key not in ("out", "log")}
         write_json(options.out, {"settings": settings, "attainable": peak, "rows": rows})

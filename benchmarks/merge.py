@@ -47,7 +47,7 @@ def arguments() -> argparse.ArgumentParser:
 def inputs(options: argparse.Namespace, d_model: int, d_ff: int) -> Any:
     import torch
 
-    from mcsmoe.merge import MergeInputs
+    from mcsmoe.merge.base import MergeInputs
     from mcsmoe.types import ExpertWeights, Grouping, Role
 
     generator = torch.Generator().manual_seed(0)

@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from mcsmoe.console import parser, progress, run  # noqa: E402
-from mcsmoe.jobs import forkserver  # noqa: E402
+from mcsmoe.workflow import forkserver  # noqa: E402
 
 LAUNCH = [sys.executable, "-S", "-E", str(ROOT / "mcsmoe" / "jobs" / "launch.py")]
 EMPTY = """
-from mcsmoe import checkpoint, console
+from mcsmoe import console
 from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.train import loop, objectives, stages
 from transformers import SwitchTransformersForConditionalGeneration

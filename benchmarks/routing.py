@@ -109,7 +109,7 @@ def collecting(name: str, shape: dict[str, int], options: argparse.Namespace) ->
     import torch
 
     from mcsmoe.adapters.switch import SwitchAdapter
-    from mcsmoe.routing import RoutingStatistics
+    from mcsmoe.statistics.routing import RoutingStatistics
 
     model, adapter = build(shape, options), SwitchAdapter()
     draw = torch.Generator().manual_seed(0)
@@ -235,7 +235,7 @@ def main(options: argparse.Namespace) -> None:
         rows += recorded(options)
     print_table(rows)
     if options.out:
-        from mcsmoe.artefacts import write_json
+        from mcsmoe.artefacts.atomic import write_json
 
         settings = {key: value for key, value in vars(options).items() if key not in ("out", "log")}
         write_json(options.out, {"settings": settings, "rows": rows})

@@ -40,7 +40,7 @@ class Answers:
     """Which validation rows each method answers rightly, by seed, before recovery and after it."""
 
     def __init__(self, results: Path, task: str, experts: int, seeds: list[int]) -> None:
-        from mcsmoe.tables import read_table
+        from mcsmoe.artefacts.tables import read_table
 
         self.seeds = seeds
         folders = [results / task / f"seed{seed}" for seed in seeds]

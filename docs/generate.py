@@ -20,8 +20,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mcsmoe.schema import SCHEMA_FILE  # noqa: E402
-from mcsmoe.tables import MEASURED, SCHEMAS  # noqa: E402
+from mcsmoe.artefacts.tables import MEASURED, SCHEMAS  # noqa: E402
+from mcsmoe.workflow.schema import SCHEMA_FILE  # noqa: E402
 
 _FROM = "<!-- Written by `make docs` from {}. Do not edit this page. -->"
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
@@ -106,7 +106,7 @@ def configuration() -> str:
     lines = [
         "# Configuration",
         "",
-        _FROM.format("schemas/config.schema.yaml"),
+        _FROM.format("mcsmoe/workflow/config.schema.yaml"),
         "",
         "A configuration is a YAML file given to Snakemake by `--configfile`; without one it is `config.yaml`. It stands "
         "alone: keys it leaves out have the defaults below, not those of `config.yaml`. An unknown key, a value out of "
@@ -185,7 +185,7 @@ def artefacts() -> str:
     lines = [
         "# Artefacts",
         "",
-        _FROM.format("mcsmoe/tables.py, rules/ and docs/artefacts.in.md"),
+        _FROM.format("mcsmoe/artefacts/tables.py, rules/ and docs/artefacts.in.md"),
         "",
         "Steps share nothing but files. Every file is written beside its place and moved there when complete, so that a "
         "file that is there is whole.",
@@ -206,7 +206,7 @@ def artefacts() -> str:
         "## Tables",
         "",
         "Parquet, compressed with zstd. Columns and types are checked when a table is written and when it is read; "
-        "`mcsmoe.tables.read_table(path, name)` reads one. Everything is the same when a run is repeated with as many "
+        "`mcsmoe.artefacts.tables.read_table(path, name)` reads one. Everything is the same when a run is repeated with as many "
         f"threads, except the columns that a clock or a scale fills: {', '.join(f'`{name}`' for name in MEASURED)}.",
     ]
     for name, schema in SCHEMAS.items():

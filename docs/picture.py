@@ -13,9 +13,9 @@ EXAMPLE = "python docs/picture.py --results results --task COPA --out docs/image
 def main(results: Path, task: str, out: Path) -> None:
     import matplotlib as mpl
 
-    from mcsmoe import plots
-    from mcsmoe.artefacts import atomic_file
-    from mcsmoe.tables import read_table
+    from mcsmoe.artefacts.atomic import atomic_file
+    from mcsmoe.artefacts.tables import read_table
+    from mcsmoe.report import plots
 
     summary = read_table(results / "summary.parquet", "summary")
     rows = summary[summary["task"] == task]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mcsmoe import auto as _auto
+from mcsmoe.checkpoint import auto as _auto
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,21 +23,21 @@ _auto.register()
 
 
 def load(path: str | Path, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu") -> nn.Module:
-    """The model of a checkpoint, in eval mode; see ``mcsmoe.checkpoint.load``."""
-    from mcsmoe import checkpoint
+    """The model of a checkpoint, in eval mode; see ``mcsmoe.checkpoint.load.load_model``."""
+    from mcsmoe.checkpoint.load import load_model
 
-    return checkpoint.load(path, dtype=dtype, device=device)
+    return load_model(path, dtype=dtype, device=device)
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer beside a model; see ``mcsmoe.checkpoint.load_tokenizer``."""
-    from mcsmoe import checkpoint
+    """The tokenizer beside a model; see ``mcsmoe.checkpoint.load.load_tokenizer``."""
+    from mcsmoe.checkpoint.load import load_tokenizer
 
-    return checkpoint.load_tokenizer(path)
+    return load_tokenizer(path)
 
 
 def save(model: nn.Module, path: str | Path, tokenizer: Any = None, provenance: dict[str, Any] | None = None) -> None:
-    """Write a checkpoint; see ``mcsmoe.checkpoint.save``."""
-    from mcsmoe import checkpoint
+    """Write a checkpoint; see ``mcsmoe.checkpoint.save.save_model``."""
+    from mcsmoe.checkpoint.save import save_model
 
-    checkpoint.save(model, path, tokenizer=tokenizer, provenance=provenance)
+    save_model(model, path, tokenizer=tokenizer, provenance=provenance)

@@ -38,7 +38,7 @@ NEED_GRADIENTS = ("gradient", "weight-gradient")
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a comparison. Fields as in ``schemas/config.schema.yaml``, definition ``method``."""
+    """One row of a comparison. Fields as in ``mcsmoe/workflow/config.schema.yaml``, definition ``method``."""
 
     name: str
     description: str = ""

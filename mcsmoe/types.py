@@ -23,6 +23,10 @@ ExpertActivation = Callable[[Mapping[str, Tensor]], Tensor]
 """Maps the outputs of the input projections, by tensor name and each [..., F], to the hidden activation [..., F]."""
 
 
+Batch = dict[str, Tensor]
+"""Arguments of a forward pass by name, each [rows, positions]."""
+
+
 class Role(StrEnum):
     """What a stacked expert tensor is, and with it its canonical shape."""
 

@@ -24,11 +24,12 @@ os.environ.update(
 if workflow.basedir not in sys.path:
     sys.path.insert(0, workflow.basedir)
 
-from mcsmoe import config as configuration
-from mcsmoe import methods, provenance
-from mcsmoe.jobs import forkserver
-from mcsmoe.options import as_flags
-from mcsmoe.workflow import described_in, hold_lock, names_by_task, task_files
+from mcsmoe.workflow import config as configuration
+from mcsmoe import methods
+from mcsmoe.workflow import provenance
+from mcsmoe.workflow import forkserver
+from mcsmoe.workflow.options import as_flags
+from mcsmoe.workflow.run import described_in, hold_lock, names_by_task, task_files
 
 try:
     CONFIG = configuration.complete(config)
@@ -50,7 +51,7 @@ TOKENS = f"{STATE}/tokens"
 SCRIPTS = f"{workflow.basedir}/workflow_scripts"
 # How jobs are started: a fork of a process that has torch and transformers loaded, where the workflow keeps one; always an
 # interpreter of their own, where they need neither or are measured; and several processes that train together.
-LAUNCHER = os.path.relpath(f"{workflow.basedir}/mcsmoe/jobs/launch.py")
+LAUNCHER = os.path.relpath(f"{workflow.basedir}/mcsmoe/workflow/launch.py")
 LAUNCH = f"python -S -E {shlex.quote(LAUNCHER)}"
 FRESH = f"{LAUNCH} --fresh"
 TOGETHER = LAUNCH if PROCESSES == 1 else f"{LAUNCH} --processes {PROCESSES}"
@@ -140,7 +141,7 @@ def keep_libraries_loaded():
 
 
 def show_ending():
-    from mcsmoe.workflow import ending
+    from mcsmoe.results.text import ending
 
     print(ending(Path(RESULTS)), file=sys.stderr)
 

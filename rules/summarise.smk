@@ -2,9 +2,9 @@ rule summarise:
     # One table of everything, and the report.
     input:
         unpack(everything_measured),
-        template=f"{workflow.basedir}/mcsmoe/templates/report.html.j2",
+        template=f"{workflow.basedir}/mcsmoe/report/templates/report.html.j2",
         published=[
-            f"{workflow.basedir}/mcsmoe/published/{name}.csv"
+            f"{workflow.basedir}/mcsmoe/report/published/{name}.csv"
             for name in ("scores", "examples")
         ],
     output:

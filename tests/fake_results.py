@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mcsmoe.tables import SCHEMAS
+from mcsmoe.artefacts.tables import SCHEMAS
 
 LAYERS = tuple(
     f"{half}.block.{block}.layer.{2 if half == 'decoder' else 1}.mlp"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mcsmoe.adapters.base import Adapter
 from mcsmoe.adapters.registry import adapter_for
-from mcsmoe.merge import MergeInputs
+from mcsmoe.merge.base import MergeInputs
 from mcsmoe.types import ExpertWeights, Grouping, Role
 
 EPSILON = 1e-7  # added by the published code to every denominator

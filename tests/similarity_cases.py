@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mcsmoe.adapters.switch import SwitchAdapter
-from mcsmoe.routing import LayerStatistics, RoutingStatistics
-from mcsmoe.similarity import SimilarityInputs
+from mcsmoe.similarity.base import SimilarityInputs
+from mcsmoe.statistics.layer import LayerStatistics
+from mcsmoe.statistics.routing import RoutingStatistics
 from mcsmoe.types import ExpertWeights, Role, RoutedBatch, RouterWeights
 
 EXPERTS, WIDTH, HIDDEN, UNUSED = 6, 5, 7, 5

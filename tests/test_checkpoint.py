@@ -14,10 +14,12 @@ from tiny_switch import batch, logits, model
 from torch import nn
 
 import mcsmoe
-from mcsmoe import checkpoint, modules
+from mcsmoe import modules
 from mcsmoe.adapters.registry import adapter_for
-from mcsmoe.artefacts import directory_bytes
-from mcsmoe.digests import SUMS
+from mcsmoe.artefacts.atomic import directory_bytes
+from mcsmoe.artefacts.digests import SUMS
+from mcsmoe.checkpoint.format import is_compact, layer_specs
+from mcsmoe.checkpoint.save import save_model
 from mcsmoe.types import CompressionSpec, ExpertWeights, LowRankFactors
 
 TABLE = torch.tensor([0, 1, 0, 2, 1, 0])
@@ -78,7 +80,7 @@ def test_save_then_load_gives_the_same_bits(form: str, dtype: torch.dtype, tmp_p
     if form != "stock":
         dtypes = {name: parameter.dtype for name, parameter in made.named_parameters()}
         assert {name: parameter.dtype for name, parameter in back.named_parameters()} == dtypes
-    assert checkpoint.is_compact(tmp_path / "out") == (form != "stock")
+    assert is_compact(tmp_path / "out") == (form != "stock")
     mcsmoe.save(back, tmp_path / "again", provenance={"config": "abc"})
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"
@@ -95,7 +97,7 @@ def test_training_goes_on_after_loading_with_every_parameter_live(tmp_path: Path
 
 def test_sharded_with_an_index_and_tied_weights_once(tmp_path: Path) -> None:
     made, inputs = compressed(), batch()
-    checkpoint.save(made, tmp_path / "out", shard_bytes=20_000)
+    save_model(made, tmp_path / "out", shard_bytes=20_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     names = set(index["weight_map"])
@@ -138,7 +140,7 @@ def test_dtype_is_chosen_at_load(tmp_path: Path) -> None:
 
 def test_structure_can_be_read_without_weights(tmp_path: Path) -> None:
     mcsmoe.save(compressed(), tmp_path / "out")
-    specs = checkpoint.layer_specs(tmp_path / "out")
+    specs = layer_specs(tmp_path / "out")
     assert list(specs) == sorted(adapter_for(model()).layers(model())[1:])
     spec = specs["decoder.block.0.layer.2.mlp"]
     assert spec.expert_to_group == TABLE.tolist()

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mcsmoe.artefacts.tables import write_table
 from mcsmoe.evaluate.confidence import mcnemar
-from mcsmoe.tables import write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))

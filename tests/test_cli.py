@@ -15,16 +15,19 @@ import torch
 from tiny_switch import batch, logits, model
 
 import mcsmoe
-from mcsmoe import align, checkpoint, cli
+from mcsmoe import align
 from mcsmoe.adapters.registry import adapter_for
-from mcsmoe.calibrate import load_statistics
+from mcsmoe.artefacts.tables import read_table
+from mcsmoe.calibration.evidence import Evidence
+from mcsmoe.calibration.files import load_statistics
+from mcsmoe.checkpoint.format import layer_specs
+from mcsmoe.checkpoint.save import save_model
+from mcsmoe.checkpoint.streaming import Streamed
+from mcsmoe.cli import main as cli
 from mcsmoe.grouping import plan
-from mcsmoe.streaming import Streamed
-from mcsmoe.tables import read_table
-from mcsmoe.transform.evidence import Evidence
+from mcsmoe.transform.align import align_layer
 from mcsmoe.transform.group import importance, layer_similarity
 from mcsmoe.transform.merge import merge_layer
-from mcsmoe.transform.permute import align_layer
 
 
 def rows(count: int = 24) -> list[dict[str, Any]]:
@@ -134,7 +137,7 @@ def test_merging_gives_what_the_stages_give_in_memory(options: tuple[str, ...], 
     assert torch.equal(logits(back, batch()), logits(made, batch()))
     table = read_table(tmp_path / "merged" / "groups.parquet", "groups")
     assert table.groupby("layer")["group"].nunique().sum() == 3 * 5
-    checkpoint.save(made, tmp_path / "memory")
+    save_model(made, tmp_path / "memory")
     names = ("merged", "memory")
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in names)
     assert one == two
@@ -181,7 +184,7 @@ def test_merge_compress_inspect_export(full: Path, tmp_path: Path, capsys: pytes
     first = "encoder.block.1.layer.1.mlp"
     run("merge", full, "--calibration", tokens, "--experts", 2, "--out", tmp_path / "m", "--exclude-layers", first)
     run("compress", tmp_path / "m", "--rank", 3, "--keep", 0.25, "--out", tmp_path / "c")
-    specs = checkpoint.layer_specs(tmp_path / "c")
+    specs = layer_specs(tmp_path / "c")
     assert first not in specs
     for spec in specs.values():
         assert spec.compression.rank == 3
@@ -227,7 +230,7 @@ def test_rows_kept_by_their_effect_lose_less_on_the_calibration_tokens(full: Pat
             for expert, inputs_TD in enumerate(statistics.layers[layer].tokens(layer)):
                 errors[name] += float(((got - want)[expert] @ inputs_TD.T).square().sum())
     assert errors["aware"] < 0.95 * errors["plain"]
-    assert len(checkpoint.layer_specs(tmp_path / "aware")) == 5
+    assert len(layer_specs(tmp_path / "aware")) == 5
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------
@@ -267,7 +270,7 @@ def test_errors_are_one_message_and_status_1(
 def test_help_is_quick_and_has_an_example() -> None:
     for command in ("merge", "compress", "inspect", "export"):
         code = (
-            f"import sys\nfrom mcsmoe import cli\ntry:\n    cli.main([{command!r}, '--help'])\n"
+            f"import sys\nfrom mcsmoe.cli import main as cli\ntry:\n    cli.main([{command!r}, '--help'])\n"
             "except SystemExit as stopped:\n    assert stopped.code == 0\n"
             "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
         )
@@ -285,7 +288,9 @@ import torch
 torch.set_num_threads(1)
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from transformers.initialization import no_init_weights
-from mcsmoe import checkpoint, cli
+from mcsmoe.checkpoint.format import layer_specs
+from mcsmoe.checkpoint.save import save_model
+from mcsmoe.cli import main as cli
 from mcsmoe.evaluate.cost import peak_memory
 
 place = Path(sys.argv[1])
@@ -299,7 +304,7 @@ def make(name, **shape):
             **blocks, **shape))
     for parameter in made.parameters():
         parameter.data.uniform_(-0.1, 0.1)
-    checkpoint.save(made, place / name)
+    save_model(made, place / name)
 
 if sys.argv[2] == "make":
     make("small", d_model=16, d_ff=24)

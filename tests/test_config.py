@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from mcsmoe import config as configuration
-from mcsmoe import methods, options
-from mcsmoe.schema import schema, section
+from mcsmoe import methods
+from mcsmoe.workflow import config as configuration
+from mcsmoe.workflow import options
+from mcsmoe.workflow.schema import schema, section
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = yaml.safe_load((ROOT / "config.yaml").read_text())

@@ -11,8 +11,8 @@ import tiny_switch
 import torch
 from torch import nn
 
+from mcsmoe.artefacts.tables import SCHEMAS
 from mcsmoe.evaluate import cost
-from mcsmoe.tables import SCHEMAS
 
 SETTINGS = cost.Settings(batch_size=3, input_tokens=7, label_tokens=4, threads=1, device="cpu", dtype="float32")
 

@@ -9,11 +9,13 @@ import torch
 from faults.project import TINY, Project
 from safetensors.torch import load_file
 
-from mcsmoe import checkpoint, methods
-from mcsmoe import config as configuration
-from mcsmoe.schema import fill, section
-from mcsmoe.tables import read_table
+from mcsmoe import methods
+from mcsmoe.artefacts.tables import read_table
+from mcsmoe.checkpoint.load import load_model
+from mcsmoe.checkpoint.save import save_model
 from mcsmoe.train.pretrain import build_dense, build_switch
+from mcsmoe.workflow import config as configuration
+from mcsmoe.workflow.schema import fill, section
 
 ARCHITECTURE = fill(TINY["model"]["architecture"], section("model")["architecture"])
 
@@ -43,12 +45,12 @@ def test_the_scale_of_the_residual_stream_changes_no_output() -> None:
 
 def test_only_a_model_without_experts_is_dense(tmp_path: Path) -> None:
     for name, build in (("sparse", build_switch), ("dense", build_dense)):
-        checkpoint.save(build(ARCHITECTURE, 300, seed=0), tmp_path / name)
+        save_model(build(ARCHITECTURE, 300, seed=0), tmp_path / name)
     with pytest.raises(ValueError, match="sparse: SwitchTransformersForConditionalGeneration has experts"):
-        checkpoint.load(tmp_path / "sparse", dense=True)
+        load_model(tmp_path / "sparse", dense=True)
     with pytest.raises(ValueError, match="dense: T5ForConditionalGeneration"):
-        checkpoint.load(tmp_path / "dense")
-    assert parameters(checkpoint.load(tmp_path / "dense", dense=True)) == parameters(build_dense(ARCHITECTURE, 300, 0))
+        load_model(tmp_path / "dense")
+    assert parameters(load_model(tmp_path / "dense", dense=True)) == parameters(build_dense(ARCHITECTURE, 300, 0))
 
 
 def test_a_dense_model_must_be_named_where_none_can_be_built() -> None:

@@ -26,12 +26,12 @@ from faults.project import ROOT, Project, half_made, leftovers
 from faults.specimens import SPECIMENS, content
 from safetensors.torch import load_file
 
-from mcsmoe import tracking
-from mcsmoe.artefacts import atomic_directory, atomic_file
-from mcsmoe.digests import SEAL, SUMS, check_seal
-from mcsmoe.tables import read_table, write_table
-from mcsmoe.tensorfile import read_sealed, write_sealed
-from mcsmoe.workflow import hold_lock
+from mcsmoe.artefacts.atomic import atomic_directory, atomic_file
+from mcsmoe.artefacts.digests import SEAL, SUMS, check_seal
+from mcsmoe.artefacts.tables import read_table, write_table
+from mcsmoe.artefacts.tensors import read_sealed, write_sealed
+from mcsmoe.tracking import store as tracking
+from mcsmoe.workflow.run import hold_lock
 
 long = pytest.mark.skipif(not os.environ.get("MCSMOE_FAULTS"), reason="runs the workflow often; set MCSMOE_FAULTS=1")
 
@@ -236,7 +236,7 @@ def test_a_results_folder_that_cannot_be_written_stops_the_workflow_with_one_mes
 SAVE = """
 import sys, time
 from pathlib import Path
-from mcsmoe.artefacts import atomic_directory, atomic_file
+from mcsmoe.artefacts.atomic import atomic_directory, atomic_file
 with atomic_directory(sys.argv[1]) as folder, atomic_file(sys.argv[2]) as file:
     (folder / "new").write_text("half")
     file.write_text("half")

@@ -15,10 +15,10 @@ import pandas as pd
 import psutil
 import pytest
 
-from mcsmoe.jobs import forkserver
+from mcsmoe.workflow import forkserver
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH = [sys.executable, "-S", "-E", str(ROOT / "mcsmoe" / "jobs" / "launch.py")]
+LAUNCH = [sys.executable, "-S", "-E", str(ROOT / "mcsmoe" / "workflow" / "launch.py")]
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="jobs are forked on Linux only")
 
@@ -206,7 +206,7 @@ def test_the_loaded_process_ends_when_the_workflow_is_killed(tmp_path: Path) -> 
     workflow = script(
         tmp_path,
         "import os, time\n"
-        "from mcsmoe.jobs import forkserver\n"
+        "from mcsmoe.workflow import forkserver\n"
         "forkserver.start()\n"
         "print(forkserver._STARTED[0].pid, flush=True)\n"
         "time.sleep(300)\n",

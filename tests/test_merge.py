@@ -10,8 +10,8 @@ from tiny_experts import LAYOUTS, activation, compute, difference, experts, orde
 from torch import Tensor
 
 from mcsmoe.align import align_by_tokens, align_by_weight, apply_permutation, preactivations
-from mcsmoe.merge import METHODS, MergeInputs, shares
-from mcsmoe.merge.base import grouping_members
+from mcsmoe.merge import METHODS
+from mcsmoe.merge.base import MergeInputs, grouping_members, shares
 from mcsmoe.merge.fisher import FisherMean
 from mcsmoe.types import ExpertWeights, Grouping
 
@@ -323,7 +323,7 @@ def test_statistics_of_another_model_are_refused(changes: dict[str, Any], messag
 
 
 def test_statistics_object_of_another_model_is_refused() -> None:
-    from mcsmoe.routing import RoutingStatistics
+    from mcsmoe.statistics.routing import RoutingStatistics
     from mcsmoe.types import RoutedBatch
 
     collected = RoutingStatistics()

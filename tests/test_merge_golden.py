@@ -20,8 +20,8 @@ from mcsmoe.align import (
     align_by_weight,
     apply_permutation,
 )
-from mcsmoe.merge import METHODS, Merged
-from mcsmoe.merge.base import grouping_members
+from mcsmoe.merge import METHODS
+from mcsmoe.merge.base import Merged, grouping_members
 from mcsmoe.merge.fisher import FisherMean
 from mcsmoe.types import ExpertWeights, Grouping
 

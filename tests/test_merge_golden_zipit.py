@@ -21,8 +21,8 @@ from mcsmoe.align import (
     correlation,
     hidden,
 )
-from mcsmoe.merge import METHODS, Merged
-from mcsmoe.merge.base import grouping_members
+from mcsmoe.merge import METHODS
+from mcsmoe.merge.base import Merged, grouping_members
 from mcsmoe.merge.task_specific import TaskSpecificPruner, UsageAverage
 from mcsmoe.merge.zipit import ALPHA, Joined, Rule, inner_products, pair_up
 from mcsmoe.types import ExpertWeights

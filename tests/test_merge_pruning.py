@@ -9,7 +9,8 @@ import torch
 from tiny_experts import LAYOUTS, activation, compute, difference, experts, tokens
 from torch import Tensor
 
-from mcsmoe.merge import METHODS, MergeInputs
+from mcsmoe.merge import METHODS
+from mcsmoe.merge.base import MergeInputs
 from mcsmoe.merge.reap import keep_highest, saliency
 from mcsmoe.merge.task_specific import TaskSpecificPruner, UsageAverage, living_grouping
 from mcsmoe.types import ExpertWeights, Grouping

@@ -11,7 +11,8 @@ from tiny_experts import LAYOUTS, activation, compute, difference, experts, orde
 from torch import Tensor
 
 from mcsmoe.align import apply_permutation, correlation, hidden
-from mcsmoe.merge import METHODS, MergeInputs
+from mcsmoe.merge import METHODS
+from mcsmoe.merge.base import MergeInputs
 from mcsmoe.merge.zipit import (
     ALPHA,
     Joined,

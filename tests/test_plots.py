@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from mcsmoe import drawing, plots
+from mcsmoe.report import drawing, plots
 
 
 @pytest.fixture

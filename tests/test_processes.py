@@ -23,14 +23,17 @@ import two_processes
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mcsmoe import checkpoint, options, routing
-from mcsmoe.calibrate import load_statistics
+from mcsmoe.artefacts.tables import read_table, write_table
+from mcsmoe.calibration.files import load_statistics
+from mcsmoe.checkpoint.load import load_model
+from mcsmoe.checkpoint.save import save_model
 from mcsmoe.data.collate import Tokenised
 from mcsmoe.data.sources import load_split
 from mcsmoe.data.tasks import load_task
-from mcsmoe.tables import read_table, write_table
+from mcsmoe.statistics import routing
 from mcsmoe.train.pretrain import build_switch
 from mcsmoe.train.tokenizer import train_tokenizer
+from mcsmoe.workflow import options
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = 1e-5  # largest difference of a weight after the trainings below, learning rate 1e-3; 2e-6 was seen
@@ -162,7 +165,7 @@ class Place:
             write_table(folder / f"{name}.parquet", examples, "examples")
             texts += examples["input"].tolist() + examples["target"].tolist()
         tokenizer = train_tokenizer(texts, 300, 8, True)
-        checkpoint.save(build_switch(ARCHITECTURE, len(tokenizer), 0), folder / "base", tokenizer)
+        save_model(build_switch(ARCHITECTURE, len(tokenizer), 0), folder / "base", tokenizer)
 
     def command(self, processes: int, script: str, *arguments: str) -> list[str]:
         launch = [sys.executable, str(ROOT / "mcsmoe" / "jobs" / "launch.py"), "--processes", str(processes)]
@@ -243,7 +246,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in checkpoint.load(folder).named_parameters()}
+    return {name: parameter.detach() for name, parameter in load_model(folder).named_parameters()}
 
 
 @pytest.mark.workflow

@@ -10,6 +10,7 @@ import tiny_switch
 import torch
 from torch import nn
 
+from mcsmoe.artefacts.tables import SCHEMAS, read_table, write_table
 from mcsmoe.evaluate import metrics
 from mcsmoe.evaluate.encoding import Wording
 from mcsmoe.evaluate.passes import _cover
@@ -21,7 +22,6 @@ from mcsmoe.evaluate.protocols import (
     prepare,
     selector,
 )
-from mcsmoe.tables import SCHEMAS, read_table, write_table
 from mcsmoe.train.tokenizer import train_tokenizer
 
 TEXTS = [

@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 from test_report import Page
 
-from mcsmoe import config as configuration
-from mcsmoe import published, report, report_paper
-from mcsmoe.report import ReportInputs
-from mcsmoe.report_words import number, signed
+from mcsmoe.report import page as report
+from mcsmoe.report import paper, published
+from mcsmoe.report.page import ReportInputs
+from mcsmoe.report.words import number, signed
+from mcsmoe.workflow import config as configuration
 
 SHARED = Path(os.environ.get("MCSMOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 PAPER_MODEL: dict[str, Any] = {"checkpoint": "google/switch-base-32"}
@@ -117,7 +118,7 @@ def run_of(**changes: Any) -> dict[str, Any]:
 
 def shown(task: str, config: dict[str, Any], **options: Any) -> dict[str, Any] | None:
     rows = fake_results.summary(tasks=(task,), **options)
-    return report_paper.beside(task, rows, fake_results.metrics(rows), config)
+    return paper.beside(task, rows, fake_results.metrics(rows), config)
 
 
 def test_a_small_model_is_compared_for_orientation_only() -> None:
@@ -133,15 +134,15 @@ def test_a_small_model_is_compared_for_orientation_only() -> None:
 
 def test_differences_and_errors_are_right() -> None:
     rows = fake_results.summary(tasks=("COPA",))
-    found = report_paper.beside("COPA", rows, fake_results.metrics(rows), run_of())
+    found = paper.beside("COPA", rows, fake_results.metrics(rows), run_of())
     assert found is not None
     value = float(rows[(rows["variant"] == "msmoe") & (rows["experts"] == 4)]["value"].iloc[0])
     (line,) = [row for row in found["rows"] if (row["variant"], row["experts"]) == ("msmoe", 4)]
-    here, paper = math.sqrt(value * (1 - value) / 500), math.sqrt(0.68 * 0.32 / 100)
+    here, theirs = math.sqrt(value * (1 - value) / 500), math.sqrt(0.68 * 0.32 / 100)
     assert (line["here"], line["paper"]) == (number(value), "0.680")
-    assert (line["here_error"], line["paper_error"]) == (number(here), number(paper))
+    assert (line["here_error"], line["paper_error"]) == (number(here), number(theirs))
     assert line["difference"] == signed(value - 0.68)
-    assert line["difference_error"] == number(math.sqrt(here**2 + paper**2))
+    assert line["difference_error"] == number(math.sqrt(here**2 + theirs**2))
     assert line["table"] == "2"
 
 
@@ -158,7 +159,7 @@ def test_the_papers_model_is_compared_at_the_papers_number_of_experts() -> None:
     copied = run_of(
         model={"checkpoint": "google/switch-base-32"} | {"checkpoint": "copies/switch-base-32"}, experts=[8]
     )
-    assert report_paper.model_name(copied) == "google/switch-base-32"
+    assert paper.model_name(copied) == "google/switch-base-32"
 
 
 def test_the_ready_configuration_differs_in_the_reading_of_answers_alone() -> None:
@@ -168,7 +169,7 @@ def test_the_ready_configuration_differs_in_the_reading_of_answers_alone() -> No
     for name, said in (("paper", 1), ("paper_compat", 0)):
         config = configuration.complete(yaml.safe_load((folder / f"{name}.yaml").read_text()), check_data=False)
         for task in config["tasks"]:
-            assert len(list(report_paper.differences(task, config, published.FINE_TUNED))) == said, (name, task)
+            assert len(list(paper.differences(task, config, published.FINE_TUNED))) == said, (name, task)
 
 
 def test_generated_examples_are_not_compared() -> None:
@@ -181,7 +182,7 @@ def test_generated_examples_are_not_compared() -> None:
 def test_tasks_without_published_scores_have_nothing_beside_them() -> None:
     assert shown("sst2", run_of()) is None
     assert shown("OpenBookQA", run_of(tasks=["OpenBookQA"])) is None, "only zero-shot scores are published"
-    assert report_paper.beside("COPA", pd.DataFrame(), pd.DataFrame(), {"tasks": ["COPA"]}) is None
+    assert paper.beside("COPA", pd.DataFrame(), pd.DataFrame(), {"tasks": ["COPA"]}) is None
 
 
 def test_methods_are_matched_by_what_they_do_not_by_their_names() -> None:
@@ -191,13 +192,13 @@ def test_methods_are_matched_by_what_they_do_not_by_their_names() -> None:
         "evenly": {"base": "averaging"},
         "taught": {"base": "msmoe", "distillation_weight": 0.0},
     }
-    found = report_paper.matches(run_of(methods=own))
+    found = paper.matches(run_of(methods=own))
     assert found["evenly"] == "averaging"
     assert "msmoe" not in found, "another method under the published name"
     assert "mcsmoe" not in found, "its parent is another one"
     assert "mine" not in found, "its base is another one"
     del own["msmoe"]
-    found = report_paper.matches(run_of(methods=own))
+    found = paper.matches(run_of(methods=own))
     assert (found["mine"], found["taught"], found["mcsmoe"]) == ("similarity-weight", "no-distillation", "mcsmoe")
     assert found["full"] == "full"
 

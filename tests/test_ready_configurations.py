@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from mcsmoe import config as configuration
-from mcsmoe import methods, published
+from mcsmoe import methods
 from mcsmoe.data.tasks import load_task
+from mcsmoe.report import published
+from mcsmoe.workflow import config as configuration
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configurations.md"

@@ -12,8 +12,9 @@ import fake_results
 import pandas as pd
 import pytest
 
-from mcsmoe import report, report_words
-from mcsmoe.report import ReportInputs
+from mcsmoe.report import page as report
+from mcsmoe.report import words
+from mcsmoe.report.page import ReportInputs
 
 
 def inputs(**options: Any) -> ReportInputs:
@@ -137,7 +138,7 @@ def test_time_table_adds_up(page: str) -> None:
 
 def test_words_say_what_was_kept_and_what_was_lost() -> None:
     rows = fake_results.summary(tasks=("sst2",))
-    said = " ".join(report_words.words_for_task(rows))
+    said = " ".join(words.words_for_task(rows))
     full = rows.iloc[0]
     assert f"scores {full['value']:.3f} accuracy [{full['ci_low']:.3f}, {full['ci_high']:.3f}] on 500 examples" in said
     assert "smallest checkpoint that is not measurably worse is mcsmoe with 2 experts" in said
@@ -151,7 +152,7 @@ def test_words_say_what_was_kept_and_what_was_lost() -> None:
 
 def test_a_long_list_of_one_size_names_the_size_once() -> None:
     variants = ("full", "msmoe", "mcsmoe", "one", "two", "three", "pruning")
-    said = " ".join(report_words.words_for_task(fake_results.summary(tasks=("sst2",), variants=variants, ratios=(4,))))
+    said = " ".join(words.words_for_task(fake_results.summary(tasks=("sst2",), variants=variants, ratios=(4,))))
     assert "Within noise, with 4 experts: msmoe (−0.004), mcsmoe (−0.012), one (−0.020), two" in said
     assert "Worse: pruning with 4 experts (−0.090)." in said
 
@@ -159,7 +160,7 @@ def test_a_long_list_of_one_size_names_the_size_once() -> None:
 def test_words_do_not_praise_what_is_worse() -> None:
     rows = fake_results.summary(tasks=("sst2",))
     rows["verdict"] = rows["verdict"].replace("within noise", "worse")
-    said = " ".join(report_words.words_for_task(rows))
+    said = " ".join(words.words_for_task(rows))
     assert "smallest checkpoint" not in said
     assert "No variant was found to be as good" in said
 
@@ -167,7 +168,7 @@ def test_words_do_not_praise_what_is_worse() -> None:
 def test_one_seed_that_is_worse_is_told() -> None:
     rows = fake_results.summary(tasks=("sst2",), variants=("full", "msmoe"), ratios=(4,), seeds=(0, 1))
     rows.loc[rows.index[-1], "verdict"] = "worse"
-    said = " ".join(report_words.words_for_task(rows))
+    said = " ".join(words.words_for_task(rows))
     assert "Worse with some seeds: msmoe with 4 experts" in said
     assert "over 2 seeds" in said
 
@@ -176,7 +177,7 @@ def test_without_a_full_model_nothing_is_compared() -> None:
     rows = fake_results.summary(tasks=("sst2",), variants=("msmoe",))
     rows[["difference", "p_value"]] = float("nan")
     rows["verdict"], rows["test"] = "no full model to compare", "none"
-    assert report_words.words_for_task(rows) == ["There is no full model to compare with: the scores stand alone."]
+    assert words.words_for_task(rows) == ["There is no full model to compare with: the scores stand alone."]
     text = report.render(ReportInputs(rows, fake_results.metrics(rows), fake_results.cost(rows)))
     assert "nan" not in Page(text).rows[1]
 
@@ -211,15 +212,15 @@ def test_a_summary_without_rows_is_refused() -> None:
     [(12_400_000, 1e6, "12.4"), (810_000, 1e6, "0.810"), (1_978_500_000, 1e6, "1,978"), (0, 1e6, "0"), (999, 1, "999")],
 )
 def test_scaled_keeps_three_digits(value: float, unit: float, shown: str) -> None:
-    assert report_words.scaled(value, unit) == shown
+    assert words.scaled(value, unit) == shown
 
 
 def test_p_values_are_never_zero() -> None:
-    assert [report_words.p_text(p) for p in (0.0, 0.021, 0.4, float("nan"))] == ["< 0.001", "0.021", "0.40", "–"]
+    assert [words.p_text(p) for p in (0.0, 0.021, 0.4, float("nan"))] == ["< 0.001", "0.021", "0.40", "–"]
 
 
 def test_tables_fit_their_schemas(tmp_path: Path) -> None:
-    from mcsmoe.tables import read_table, write_table
+    from mcsmoe.artefacts.tables import read_table, write_table
 
     summary = fake_results.summary()
     tables = {"summary": summary, "metrics": fake_results.metrics(summary), "cost": fake_results.cost(summary)}

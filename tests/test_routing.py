@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcsmoe.reservoir import keys
-from mcsmoe.routing import LayerStatistics, RoutingStatistics
+from mcsmoe.statistics.layer import LayerStatistics
+from mcsmoe.statistics.reservoir import keys
+from mcsmoe.statistics.routing import RoutingStatistics
 from mcsmoe.types import RoutedBatch
 
 EXPERTS, WIDTH, CHOICES = 5, 6, 2

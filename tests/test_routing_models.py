@@ -10,7 +10,7 @@ import tiny_switch
 import torch
 
 from mcsmoe.adapters.switch import SwitchAdapter
-from mcsmoe.routing import RoutingStatistics
+from mcsmoe.statistics.routing import RoutingStatistics
 from mcsmoe.types import RoutedBatch
 
 

@@ -24,8 +24,9 @@ from similarity_cases import (
 from torch import Tensor
 
 from mcsmoe.methods import SIMILARITIES
-from mcsmoe.similarity import BASES, SimilarityInputs, similarity
+from mcsmoe.similarity import BASES, similarity
 from mcsmoe.similarity import tokens as token_bases
+from mcsmoe.similarity.base import SimilarityInputs
 from mcsmoe.types import ExpertWeights, RoutedBatch, RouterWeights
 
 

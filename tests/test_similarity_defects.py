@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mcsmoe.adapters.switch import SwitchAdapter
-from mcsmoe.similarity import BASES, SimilarityInputs, similarity
+from mcsmoe.similarity import BASES, similarity
 from mcsmoe.similarity import tokens as token_bases
+from mcsmoe.similarity.base import SimilarityInputs
 from mcsmoe.types import RoutedBatch, RouterWeights
 
 

@@ -11,8 +11,9 @@ from similarity_cases import given_of
 from torch import Tensor
 
 from mcsmoe.adapters.switch import SwitchAdapter
-from mcsmoe.similarity import BASES, SimilarityInputs, similarity
+from mcsmoe.similarity import BASES, similarity
 from mcsmoe.similarity import tokens as token_bases
+from mcsmoe.similarity.base import SimilarityInputs
 from mcsmoe.types import ExpertWeights
 
 

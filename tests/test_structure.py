@@ -14,13 +14,20 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from mcsmoe import provenance
+from mcsmoe.workflow import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES = sorted(path.stem for path in (ROOT / "rules").glob("*.smk") if path.stem != "common")
 
 NUMERICAL = [
-    *("mcsmoe.types", "mcsmoe.routing", "mcsmoe.similarity", "mcsmoe.align", "mcsmoe.grouping", "mcsmoe.merge"),
+    *(
+        "mcsmoe.types",
+        "mcsmoe.statistics.routing",
+        "mcsmoe.similarity",
+        "mcsmoe.align",
+        "mcsmoe.grouping",
+        "mcsmoe.merge",
+    ),
     *("mcsmoe.compress.lowrank", "mcsmoe.compress.residual", "mcsmoe.train.losses"),
 ]
 FORBIDDEN = ["transformers", "snakemake", "mlflow", "pandas", "pyarrow", "datasets", "accelerate"]
@@ -71,8 +78,8 @@ def test_a_digest_follows_the_modules_a_script_uses() -> None:
     assert "mcsmoe/train/loop.py" not in names["group"]
     assert any(name.startswith("mcsmoe/merge") for name in names["merge"])
     assert not any(name.startswith("mcsmoe/merge") for name in names["finetune"])
-    assert "mcsmoe/tracking.py" in names["publish"]
-    assert sum("mcsmoe/tracking.py" in found for found in names.values()) == 1
+    assert "mcsmoe/tracking/store.py" in names["publish"]
+    assert sum("mcsmoe/tracking/store.py" in found for found in names.values()) == 1
 
 
 def test_mlflow_is_imported_in_one_place_only() -> None:
@@ -82,7 +89,7 @@ def test_mlflow_is_imported_in_one_place_only() -> None:
         for path in (ROOT / folder).rglob("*.*")
         if path.suffix in (".py", ".smk") and re.search(r"^\s*(import|from) mlflow", path.read_text(), re.MULTILINE)
     ]
-    assert importers == ["mcsmoe/tracking.py"]
+    assert importers == ["mcsmoe/tracking/store.py"]
 
 
 def test_the_lock_has_every_requirement_within_its_range() -> None:
@@ -127,14 +134,14 @@ def test_every_stage_switches_the_telemetry_of_the_hub_off() -> None:
 
 def test_publishing_switches_the_telemetry_of_mlflow_off() -> None:
     off = "from mlflow.telemetry.utils import is_telemetry_disabled; print(is_telemetry_disabled())"
-    assert _in_a_clean_environment(f"from mcsmoe import tracking; tracking._mlflow(); {off}") == "True"
+    assert _in_a_clean_environment(f"from mcsmoe.tracking import store as tracking; tracking._mlflow(); {off}") == "True"
     assert _in_a_clean_environment(off) == "False", "the test would pass whatever publishing does"
 
 
 def test_the_ui_tells_its_pages_to_send_nothing() -> None:
     handler = "from mlflow.server.handlers import get_ui_telemetry_handler as answer; from flask import Flask"
     asked = "context = Flask('x').app_context(); context.push(); print(answer().json['disable_ui_telemetry'])"
-    environment = "import os, shlex; from mcsmoe.tracking import ui_command; words = shlex.split(ui_command('results'))"
+    environment = "import os, shlex; from mcsmoe.tracking.store import ui_command; words = shlex.split(ui_command('results'))"
     given = "os.environ.update(word.split('=', 1) for word in words[1 : words.index('ui') - 1])"
     assert _in_a_clean_environment(f"{environment}; {given}; {handler}; {asked}") == "True"
 

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import yaml
 
+from mcsmoe.artefacts.tables import write_table
 from mcsmoe.data.tasks import METRICS, Task, known_tasks, load_task
 from mcsmoe.evaluate import metrics
-from mcsmoe.tables import write_table
 
 REAL = {  # published sizes: README of the data
     "SST-2": (67349, 872),

@@ -17,8 +17,9 @@ import fake_results
 import pandas as pd
 import pytest
 
-from mcsmoe import plots, tracking
-from mcsmoe.tracking import RunRecord
+from mcsmoe.report import plots
+from mcsmoe.tracking import store as tracking
+from mcsmoe.tracking.record import RunRecord
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +246,7 @@ def test_publishing_that_is_killed_while_the_store_is_made_is_simply_done_again(
         "import sys\n"
         "from sqlalchemy import event\n"
         "from sqlalchemy.engine import Engine\n"
-        "from mcsmoe import tracking\n"
+        "from mcsmoe.tracking import store as tracking\n"
         "made = []\n"
         "@event.listens_for(Engine, 'before_cursor_execute')\n"
         "def stop(connection, cursor, statement, *rest):\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from faults.project import TINY, Project, same_results, tables
 
-from mcsmoe.tables import SCHEMAS, read_table
+from mcsmoe.artefacts.tables import SCHEMAS, read_table
 
 pytestmark = pytest.mark.workflow
 

@@ -9,9 +9,9 @@ import pytest
 import tiny_models
 from faults.project import TINY, Project
 
-from mcsmoe import checkpoint
+from mcsmoe.artefacts.tables import read_table
+from mcsmoe.checkpoint.save import save_model
 from mcsmoe.data.synthetic import corpus
-from mcsmoe.tables import read_table
 from mcsmoe.train.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.workflow
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.workflow
 def test_a_decoder_only_model_is_merged_and_scored_untrained(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(list(corpus(seed=0, rows=400)), vocab_size=300, sentinels=4, lowercase=True)
     folder = tmp_path / "a model"
-    checkpoint.save(tiny_models.model("olmoe", vocab_size=len(tokenizer)), folder, tokenizer, {})
+    save_model(tiny_models.model("olmoe", vocab_size=len(tokenizer)), folder, tokenizer, {})
     left_out = ("pretrain", "finetune", "recover", "compress")
     project = Project(
         tmp_path / "a clone",

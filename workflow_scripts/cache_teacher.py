@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mcsmoe import console, options
+from mcsmoe import console
+from mcsmoe.workflow import options
 
 EXAMPLE = "python workflow_scripts/cache_teacher.py --model full --train train.parquet --out teacher"
 
@@ -25,15 +26,15 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     import torch
 
-    from mcsmoe import checkpoint
+    from mcsmoe.artefacts.tables import read_table
+    from mcsmoe.checkpoint.load import load_model, load_tokenizer
     from mcsmoe.data.collate import collate, evaluation_batches, tokenize
     from mcsmoe.device import pick
-    from mcsmoe.tables import read_table
     from mcsmoe.train.teacher import cache_teacher
 
     torch.set_num_threads(arguments.threads)
     device = pick(arguments.device)
-    model, tokenizer = checkpoint.load(arguments.model, device=device), checkpoint.load_tokenizer(arguments.model)
+    model, tokenizer = load_model(arguments.model, device=device), load_tokenizer(arguments.model)
     rows = read_table(arguments.train, "examples")
     train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens)
     cache_teacher(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mcsmoe import console, options
+from mcsmoe import console
+from mcsmoe.workflow import options
 
 EXAMPLE = (
     "python workflow_scripts/collect_gradients.py --model full --train train.parquet --samples 256 "
@@ -29,21 +30,23 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     import torch
 
-    from mcsmoe import calibrate, checkpoint
     from mcsmoe.adapters.registry import adapter_for
+    from mcsmoe.artefacts.tables import read_table
+    from mcsmoe.calibration.files import gradient_tensors, save_tensors
+    from mcsmoe.calibration.passes import collect_gradients
+    from mcsmoe.checkpoint.load import load_model, load_tokenizer
     from mcsmoe.data.collate import calibration_batches, tokenize
     from mcsmoe.device import pick
-    from mcsmoe.tables import read_table
 
     torch.set_num_threads(arguments.threads)
-    model = checkpoint.load(arguments.model, device=pick(arguments.device))
-    tokenizer = checkpoint.load_tokenizer(arguments.model)
+    model = load_model(arguments.model, device=pick(arguments.device))
+    tokenizer = load_tokenizer(arguments.model)
     rows = read_table(arguments.train, "examples")
     train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens)
     # One example at a time: Fisher information is a mean of squares.
     batches = calibration_batches(train, arguments.samples, 1, arguments.seed)
-    found = calibrate.collect_gradients(model, adapter_for(model), batches, len(batches))
-    calibrate.save_tensors(arguments.gradients, calibrate.gradient_tensors(*found))
+    found = collect_gradients(model, adapter_for(model), batches, len(batches))
+    save_tensors(arguments.gradients, gradient_tensors(*found))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mcsmoe import console, options
+from mcsmoe import console
+from mcsmoe.workflow import options
 
 EXAMPLE = (
     "python workflow_scripts/collect_routing.py --model full --train train.parquet --samples 256 "
@@ -33,17 +34,21 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     import torch
 
-    from mcsmoe import calibrate, checkpoint, cli_text
     from mcsmoe.adapters.registry import adapter_for
+    from mcsmoe.artefacts.tables import read_table, write_table
+    from mcsmoe.calibration import text as cli_text
+    from mcsmoe.calibration.files import save_tensors
+    from mcsmoe.calibration.passes import collect_routing
+    from mcsmoe.calibration.tables import routing_frame
+    from mcsmoe.checkpoint.load import load_model, load_tokenizer
     from mcsmoe.data.collate import calibration_batches, tokenize
     from mcsmoe.evaluate.encoding import is_causal
-    from mcsmoe.routing import RoutingStatistics
-    from mcsmoe.tables import read_table, write_table
+    from mcsmoe.statistics.routing import RoutingStatistics
     from mcsmoe.train import processes
 
     torch.set_num_threads(arguments.threads)
-    model = checkpoint.load(arguments.model, device=processes.start(arguments.device))
-    tokenizer = checkpoint.load_tokenizer(arguments.model)
+    model = load_model(arguments.model, device=processes.start(arguments.device))
+    tokenizer = load_tokenizer(arguments.model)
     rows = read_table(arguments.train, "examples")
     if is_causal(model):
         records: list[Any] = rows[["input", "target"]].to_dict("records")
@@ -56,14 +61,14 @@ def main(arguments: argparse.Namespace) -> None:
         with processes.main_first():
             train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens)
         batches = calibration_batches(train, arguments.samples, arguments.batch_size, arguments.seed)
-    statistics = calibrate.collect_routing(
+    statistics = collect_routing(
         *(model, adapter_for(model), batches, len(batches)),
         RoutingStatistics(reservoir=arguments.reservoir, whiten=arguments.whiten, seed=arguments.seed),
         saliency=arguments.saliency,
     )
     if processes.is_main():
-        write_table(arguments.table, calibrate.routing_frame(statistics), "routing")
-        calibrate.save_tensors(arguments.statistics, statistics.tensors())
+        write_table(arguments.table, routing_frame(statistics), "routing")
+        save_tensors(arguments.statistics, statistics.tensors())
     processes.end()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mcsmoe import console, options
+from mcsmoe import console
+from mcsmoe.workflow import options
 
 EXAMPLE = (
     "python workflow_scripts/compress.py --model recovered --task SST-2 --train train.parquet "
@@ -27,7 +28,7 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     from mcsmoe import modules
     from mcsmoe.adapters.registry import adapter_for
-    from mcsmoe.calibrate import load_statistics
+    from mcsmoe.calibration.files import load_statistics
     from mcsmoe.compress.residual import KeptSchedule, ResidualPruner
     from mcsmoe.train.objectives import RecoveryObjective, freeze_routers
     from mcsmoe.train.stages import Job, teacher_of, total_steps

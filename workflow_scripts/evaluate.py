@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mcsmoe import console, options
+from mcsmoe import console
+from mcsmoe.workflow import options
 
 EXAMPLE = (
     "python workflow_scripts/evaluate.py --model recovered --task SST-2 --examples validation.parquet "
@@ -34,18 +35,18 @@ def main(arguments: argparse.Namespace) -> None:
     import torch
     from scipy.stats import binomtest
 
-    from mcsmoe import checkpoint
+    from mcsmoe.artefacts.tables import read_table, write_table
+    from mcsmoe.checkpoint.load import load_model, load_tokenizer
     from mcsmoe.data.tasks import load_task
     from mcsmoe.device import pick
     from mcsmoe.evaluate.confidence import interval
     from mcsmoe.evaluate.metrics import positive_answer
     from mcsmoe.evaluate.protocols import predict
-    from mcsmoe.tables import read_table, write_table
 
     torch.set_num_threads(arguments.threads)
     device = pick(arguments.device)
-    model = checkpoint.load(arguments.model, device=device, dense=arguments.dense)
-    tokenizer = checkpoint.load_tokenizer(arguments.model)
+    model = load_model(arguments.model, device=device, dense=arguments.dense)
+    tokenizer = load_tokenizer(arguments.model)
     task = load_task(arguments.task)
     protocol = task.asked(arguments.protocol)
     examples = read_table(arguments.examples, "examples")

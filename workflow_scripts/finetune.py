@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from mcsmoe import console, options
+from mcsmoe import console
+from mcsmoe.workflow import options
 
 EXAMPLE = (
     "python workflow_scripts/finetune.py --model base --task SST-2 --train train.parquet "

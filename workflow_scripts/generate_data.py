@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mcsmoe import console, options
+from mcsmoe import console
+from mcsmoe.workflow import options
 
 EXAMPLE = "python workflow_scripts/generate_data.py --task SST-2 --train train.parquet --validation validation.parquet"
 

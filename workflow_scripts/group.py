@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mcsmoe import console, methods, options
+from mcsmoe import console, methods
+from mcsmoe.workflow import options
 
 EXAMPLE = (
     "python workflow_scripts/group.py --model permuted --permutation permutation.parquet "
@@ -35,15 +36,15 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     import torch
 
-    from mcsmoe import checkpoint
     from mcsmoe.adapters.registry import adapter_for
+    from mcsmoe.artefacts.tables import write_table
+    from mcsmoe.calibration.evidence import Evidence
+    from mcsmoe.checkpoint.load import load_model
     from mcsmoe.grouping import plan
-    from mcsmoe.tables import write_table
-    from mcsmoe.transform.evidence import Evidence
     from mcsmoe.transform.group import groups_frame, importance, layer_similarity, similarity_frame
 
     torch.set_num_threads(arguments.threads)
-    model = checkpoint.load(arguments.model)
+    model = load_model(arguments.model)
     adapter = adapter_for(model)
     evidence = Evidence.read(arguments.routing, arguments.gradients, arguments.permutation)
     layers = adapter.layers(model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mcsmoe import console, methods, options
+from mcsmoe import console, methods
+from mcsmoe.workflow import options
 
 EXAMPLE = (
     "python workflow_scripts/merge.py --model permuted --permutation permutation.parquet --groups groups.parquet "
@@ -31,15 +32,16 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     import torch
 
-    from mcsmoe import checkpoint
     from mcsmoe.adapters.registry import adapter_for
-    from mcsmoe.artefacts import digest_directory
-    from mcsmoe.tables import read_table
-    from mcsmoe.transform.evidence import Evidence
+    from mcsmoe.artefacts.digests import digest_directory
+    from mcsmoe.artefacts.tables import read_table
+    from mcsmoe.calibration.evidence import Evidence
+    from mcsmoe.checkpoint.load import load_model, load_tokenizer
+    from mcsmoe.checkpoint.save import save_model
     from mcsmoe.transform.merge import groupings_of, merge_layer
 
     torch.set_num_threads(arguments.threads)
-    model = checkpoint.load(arguments.model)
+    model = load_model(arguments.model)
     adapter = adapter_for(model)
     evidence = Evidence.read(arguments.routing, arguments.gradients, arguments.permutation)
     groupings = groupings_of(read_table(arguments.groups, "groups"), adapter.layers(model))
@@ -53,7 +55,7 @@ def main(arguments: argparse.Namespace) -> None:
             workers=arguments.threads,
         )
     provenance = {"stage": "merge", "merge": arguments.merge, "parent": digest_directory(arguments.model)}
-    checkpoint.save(model, arguments.out, checkpoint.load_tokenizer(arguments.model), provenance)
+    save_model(model, arguments.out, load_tokenizer(arguments.model), provenance)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mcsmoe import console, options
+from mcsmoe import console
+from mcsmoe.workflow import options
 
 EXAMPLE = "python workflow_scripts/permute.py --model full --out permuted --permutation permutation.parquet"
 
@@ -24,15 +25,16 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     import torch
 
-    from mcsmoe import checkpoint
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.align import apply_permutation
-    from mcsmoe.calibrate import load_statistics
-    from mcsmoe.tables import write_table
-    from mcsmoe.transform.permute import align_layer, permutation_frame
+    from mcsmoe.artefacts.tables import write_table
+    from mcsmoe.calibration.files import load_statistics
+    from mcsmoe.checkpoint.load import load_model, load_tokenizer
+    from mcsmoe.checkpoint.save import save_model
+    from mcsmoe.transform.align import align_layer, permutation_frame
 
     torch.set_num_threads(arguments.threads)
-    model = checkpoint.load(arguments.model)
+    model = load_model(arguments.model)
     adapter = adapter_for(model)
     statistics = load_statistics(arguments.routing) if arguments.routing else None
     alignments = {}
@@ -50,8 +52,8 @@ def main(arguments: argparse.Namespace) -> None:
         )
         adapter.write_experts(model, layer, apply_permutation(weights, alignments[layer].permutation_EF))
     write_table(arguments.permutation, permutation_frame(alignments), "permutation")
-    tokenizer = checkpoint.load_tokenizer(arguments.model)
-    checkpoint.save(model, arguments.out, tokenizer, {"stage": "permute", "alignment": arguments.alignment})
+    tokenizer = load_tokenizer(arguments.model)
+    save_model(model, arguments.out, tokenizer, {"stage": "permute", "alignment": arguments.alignment})
 
 
 if __name__ == "__main__":

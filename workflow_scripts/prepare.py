@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mcsmoe import console, options
-from mcsmoe.schema import fill, section
+from mcsmoe import console
+from mcsmoe.workflow import options
+from mcsmoe.workflow.schema import fill, section
 
 EXAMPLE = (
     "python workflow_scripts/prepare.py --corpus files --files wikitext/train.parquet --steps 1000 "
@@ -49,20 +50,22 @@ def parse() -> argparse.Namespace:
 
 def take(arguments: argparse.Namespace) -> None:
     """Load the given checkpoint, which checks it, and write it where the workflow expects it."""
-    from mcsmoe import checkpoint, tables
+    from mcsmoe.artefacts import tables
+    from mcsmoe.checkpoint.load import load_model, load_tokenizer
+    from mcsmoe.checkpoint.save import save_model
 
     if console.rank() > 0:
         return  # nothing is trained, so the processes have nothing to share
-    model = checkpoint.load(arguments.checkpoint, dense=arguments.dense)
-    tokenizer = checkpoint.load_tokenizer(arguments.checkpoint)
+    model = load_model(arguments.checkpoint, dense=arguments.dense)
+    tokenizer = load_tokenizer(arguments.checkpoint)
     tables.write_table(arguments.training, tables.empty("training"), "training")
-    checkpoint.save(model, arguments.model, tokenizer, provenance={"checkpoint": str(arguments.checkpoint)})
+    save_model(model, arguments.model, tokenizer, provenance={"checkpoint": str(arguments.checkpoint)})
 
 
 def texts(arguments: argparse.Namespace) -> list[str]:
     """The corpus, one paragraph an entry."""
+    from mcsmoe.artefacts.tables import read_table
     from mcsmoe.data import sources
-    from mcsmoe.tables import read_table
 
     source: dict[str, Any] = {"kind": "synthetic"}
     if arguments.corpus == "files":
@@ -78,9 +81,9 @@ def build(arguments: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from mcsmoe import checkpoint
     from mcsmoe.adapters.registry import adapter_for
-    from mcsmoe.tables import write_table
+    from mcsmoe.artefacts.tables import write_table
+    from mcsmoe.checkpoint.save import save_model
     from mcsmoe.train import processes
     from mcsmoe.train.loop import Trainer
     from mcsmoe.train.objectives import TaskObjective
@@ -125,7 +128,7 @@ def build(arguments: argparse.Namespace) -> None:
     if processes.is_main():
         write_table(arguments.training, result.training, "training")
         about = {"pretrain": settings, "seed": arguments.seed}
-        checkpoint.save(model.cpu(), arguments.model, tokenizer, provenance=about)
+        save_model(model.cpu(), arguments.model, tokenizer, provenance=about)
         store.clear()
     processes.end()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mcsmoe import console, options
+from mcsmoe import console
+from mcsmoe.workflow import options
 
 EXAMPLE = (
     "python workflow_scripts/prepare_data.py --task SST-2 --train-file sst2/train.parquet "
@@ -30,9 +31,9 @@ def parse() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    from mcsmoe.artefacts.tables import write_table
     from mcsmoe.data import sources
     from mcsmoe.data.tasks import load_task
-    from mcsmoe.tables import write_table
 
     task = load_task(arguments.task)
     limits = {"train_rows": arguments.train_rows, "validation_rows": arguments.validation_rows}

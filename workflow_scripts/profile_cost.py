@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mcsmoe import console, options
+from mcsmoe import console
+from mcsmoe.workflow import options
 
 EXAMPLE = (
     "python workflow_scripts/profile_cost.py --model recovered --task SST-2 --variant msmoe --experts 4 "
@@ -28,9 +29,9 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     import pandas as pd
 
+    from mcsmoe.artefacts.tables import write_table
     from mcsmoe.data.tasks import load_task
     from mcsmoe.evaluate.cost import measure
-    from mcsmoe.tables import write_table
 
     settings = options.settings(arguments, "cost")
     if arguments.device == "auto":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mcsmoe import console, options
+from mcsmoe import console
+from mcsmoe.workflow import options
 
 EXAMPLE = (
     "python workflow_scripts/prune.py --model base --task SST-2 --train train.parquet --selection selection.parquet "
@@ -26,7 +27,7 @@ def parse() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.adapters.registry import adapter_for
-    from mcsmoe.tables import frame_of, write_table
+    from mcsmoe.artefacts.tables import frame_of, write_table
     from mcsmoe.train import processes
     from mcsmoe.train.objectives import TaskObjective
     from mcsmoe.train.stages import Job, total_steps

@@ -22,11 +22,11 @@ def parse() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from mcsmoe import tracking
-    from mcsmoe.artefacts import write_json
-    from mcsmoe.records import records
-    from mcsmoe.results import Results
-    from mcsmoe.tables import read_table
+    from mcsmoe.artefacts.atomic import write_json
+    from mcsmoe.artefacts.tables import read_table
+    from mcsmoe.results.read import Results
+    from mcsmoe.tracking import store as tracking
+    from mcsmoe.tracking.build import records
 
     found = Results.read(arguments.results, arguments.runs, arguments.configuration)
     made = records(found, read_table(arguments.summary, "summary"))

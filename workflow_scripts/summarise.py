@@ -23,11 +23,12 @@ def parse() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from mcsmoe import report, results
-    from mcsmoe.summary import summarise
-    from mcsmoe.tables import write_table
+    from mcsmoe.artefacts.tables import write_table
+    from mcsmoe.report import page as report
+    from mcsmoe.results.read import Results
+    from mcsmoe.results.summary import summarise
 
-    found = results.Results.read(arguments.results, arguments.runs, arguments.configuration)
+    found = Results.read(arguments.results, arguments.runs, arguments.configuration)
     summary = summarise(found.final, found.configuration["evaluate"]["bootstrap"])
     report.write(arguments.report, found.report_inputs(summary, arguments.benchmarks))
     write_table(arguments.summary, summary, "summary")

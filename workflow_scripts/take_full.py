@@ -21,7 +21,7 @@ def main(arguments: argparse.Namespace) -> None:
     import os
     import shutil
 
-    from mcsmoe.artefacts import atomic_directory
+    from mcsmoe.artefacts.atomic import atomic_directory
 
     def link_or_copy(source: str, target: str) -> None:
         try:

@@ -20,7 +20,7 @@ def parse() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from mcsmoe.tracking import check_published, embedded_uri, store_of, ui_command
+    from mcsmoe.tracking.store import check_published, embedded_uri, store_of, ui_command
 
     if store_of(arguments.results) == embedded_uri(arguments.results):
         check_published(arguments.results)

@@ -26,7 +26,7 @@ from mcsmoe.adapters.fused_layout import (
     find_router,
     is_stacked_experts,
 )
-from mcsmoe.adapters.fused_redirect import NEVER, ExpertShape, RedirectingAdapter, detached, newest_positions, recording
+from mcsmoe.adapters.redirecting import NEVER, ExpertShape, RedirectingAdapter, detached, newest_positions, recording
 from mcsmoe.modules import Projection, RedirectedExperts
 from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, Role, RoutedBatch, RouterWeights
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mcsmoe.adapters.fused_redirect import ExpertShape
+from mcsmoe.adapters.redirecting import ExpertShape
 from mcsmoe.modules import RedirectedExperts
 from mcsmoe.types import ExpertWeights, Role
 

@@ -25,7 +25,7 @@ from transformers.models.nllb_moe.modeling_nllb_moe import (
 )
 
 from mcsmoe.adapters.base import Capture
-from mcsmoe.adapters.fused_redirect import (
+from mcsmoe.adapters.redirecting import (
     IGNORED_LABEL,
     NEVER,
     ExpertShape,

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mcsmoe.artefacts import atomic_file
+from mcsmoe.artefacts.atomic import atomic_file
 from mcsmoe.train.losses import IGNORED
 
 if TYPE_CHECKING:

@@ -119,7 +119,7 @@ def _read(path: Path, task: Task) -> Any:
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        from mcsmoe.digests import check_seal
+        from mcsmoe.artefacts.digests import check_seal
 
         check_seal(path)
         return pq.read_table(path, columns=names)

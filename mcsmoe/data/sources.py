@@ -173,8 +173,8 @@ def write_rows(path: str | Path, frame: pd.DataFrame, task: Task) -> None:
     """
     import pyarrow as pa
 
+    from mcsmoe.artefacts.tables import write_parquet
     from mcsmoe.data.columns import arrow_schema
-    from mcsmoe.tables import write_parquet
 
     schema = arrow_schema(task.columns)
     try:

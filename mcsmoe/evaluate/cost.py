@@ -290,8 +290,8 @@ def peak_memory(device: Any) -> int:
 def _main(request: str) -> dict[str, Any]:
     import torch
 
-    from mcsmoe import checkpoint
     from mcsmoe.adapters.registry import adapters
+    from mcsmoe.checkpoint.load import load_model
 
     adapters()  # model classes are libraries: they are in memory before the model is counted
 
@@ -300,7 +300,7 @@ def _main(request: str) -> dict[str, Any]:
 
     def load() -> nn.Module:
         dtype = getattr(torch, settings.dtype)
-        return checkpoint.load(asked["path"], dtype=dtype, device=settings.device, dense=asked["dense"])
+        return load_model(asked["path"], dtype=dtype, device=settings.device, dense=asked["dense"])
 
     try:
         return measure_here(asked["path"], settings, asked["repeats"], load)

@@ -13,7 +13,7 @@ from mcsmoe.align import is_finite
 from mcsmoe.types import ExpertActivation, ExpertWeights, Grouping, LayerId, RouterWeights
 
 if TYPE_CHECKING:
-    from mcsmoe.layer_statistics import LayerStatistics
+    from mcsmoe.statistics.layer import LayerStatistics
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mcsmoe.gram import column_gram
-from mcsmoe.layer_statistics import LayerStatistics
+from mcsmoe.statistics.gram import column_gram
+from mcsmoe.statistics.layer import LayerStatistics
 from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, RouterWeights
 
 NEUTRAL = 0.5

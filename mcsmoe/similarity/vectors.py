@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mcsmoe.layer_statistics import LayerStatistics
 from mcsmoe.similarity.base import Base, SimilarityInputs, cosine, gram, mapped
+from mcsmoe.statistics.layer import LayerStatistics
 from mcsmoe.types import ExpertWeights, Role, RouterWeights
 
 _BLOCK = 2**16  # elements of each expert's vector that are compared at once

@@ -19,8 +19,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from mcsmoe.artefacts.tables import SCHEMAS
 from mcsmoe.console import progress
-from mcsmoe.tables import SCHEMAS
 from mcsmoe.train import processes
 from mcsmoe.train.state import StateStore
 

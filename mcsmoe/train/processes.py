@@ -16,7 +16,7 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from mcsmoe.device import pick
-from mcsmoe.jobs.launch import die_with
+from mcsmoe.workflow.launch import die_with
 
 if TYPE_CHECKING:
     from accelerate import PartialState

@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mcsmoe import checkpoint, options
-from mcsmoe.artefacts import digest_files
+from mcsmoe.artefacts.digests import digest_files
+from mcsmoe.artefacts.tables import read_table, write_table
+from mcsmoe.checkpoint.load import load_model, load_tokenizer
+from mcsmoe.checkpoint.save import save_model
 from mcsmoe.data.collate import TaskBatches, Tokenised, tokenize
 from mcsmoe.data.tasks import Task, load_task
 from mcsmoe.evaluate.metrics import positive_answer
 from mcsmoe.evaluate.protocols import prepare, selector
-from mcsmoe.provenance import code_digest
-from mcsmoe.tables import read_table, write_table
 from mcsmoe.train import processes
 from mcsmoe.train.loop import Objective, Pruner, Trainer, TrainingPlan, TrainingResult
 from mcsmoe.train.state import StateStore
 from mcsmoe.train.teacher import TeacherCache
+from mcsmoe.workflow import options
+from mcsmoe.workflow.provenance import code_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,14 +79,14 @@ class Job:
         """
         torch.set_num_threads(arguments.threads)
         processes.start(arguments.device)
-        tokenizer = checkpoint.load_tokenizer(arguments.model)
+        tokenizer = load_tokenizer(arguments.model)
         rows = read_table(arguments.train, "examples")
         with processes.main_first():
             train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens)
         return Job(
             arguments,
             options.settings(arguments, section),
-            checkpoint.load(arguments.model, dense=getattr(arguments, "dense", False)),
+            load_model(arguments.model, dense=getattr(arguments, "dense", False)),
             tokenizer,
             load_task(arguments.task),
             train,
@@ -136,7 +138,7 @@ class Job:
         """Write the checkpoint, then forget the state it was resumed from."""
         if processes.is_main():
             known = {"task": self.task.name, "seed": self.arguments.seed, "settings": self.settings}
-            checkpoint.save(self.model.cpu(), self.arguments.out, self.tokenizer, {**known, **provenance})
+            save_model(self.model.cpu(), self.arguments.out, self.tokenizer, {**known, **provenance})
             StateStore(self.arguments.state, "").clear()
         processes.end()
 

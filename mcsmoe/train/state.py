@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mcsmoe.tensorfile import read_sealed, write_sealed
+from mcsmoe.artefacts.tensors import read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mcsmoe.artefacts import atomic_directory
+from mcsmoe.artefacts.atomic import atomic_directory
+from mcsmoe.artefacts.digests import check_sums
 from mcsmoe.console import progress
-from mcsmoe.digests import check_sums
 from mcsmoe.train.losses import IGNORED
 
 _STATES, _OFFSETS, _OUTPUT, _INFO = "states.npy", "offsets.npy", "output.safetensors", "teacher.json"

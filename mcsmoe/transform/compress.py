@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from mcsmoe import align
 from mcsmoe.adapters.base import Adapter
 from mcsmoe.compress.lowrank import decompose, decompose_whitened
-from mcsmoe.layer_statistics import LayerStatistics
-from mcsmoe.routing import RoutingStatistics
+from mcsmoe.statistics.layer import LayerStatistics
+from mcsmoe.statistics.routing import RoutingStatistics
 from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, LowRankFactors, Role
 
 

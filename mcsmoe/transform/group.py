@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from mcsmoe.adapters.base import Adapter
-from mcsmoe.layer_statistics import LayerStatistics
+from mcsmoe.artefacts.tables import frame_of
+from mcsmoe.calibration.evidence import Evidence
 from mcsmoe.merge.average import random_importance
 from mcsmoe.merge.base import shares
-from mcsmoe.similarity import SimilarityInputs, similarity
-from mcsmoe.tables import frame_of
-from mcsmoe.transform.evidence import Evidence
+from mcsmoe.similarity import similarity
+from mcsmoe.similarity.base import SimilarityInputs
+from mcsmoe.statistics.layer import LayerStatistics
 from mcsmoe.types import Grouping, LayerId
 
 if TYPE_CHECKING:

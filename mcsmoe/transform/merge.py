@@ -9,10 +9,11 @@ from torch import nn
 
 from mcsmoe import align
 from mcsmoe.adapters.base import Adapter
+from mcsmoe.calibration.evidence import Evidence
 from mcsmoe.grouping import from_labels
-from mcsmoe.merge import METHODS, MergeInputs
-from mcsmoe.transform.evidence import Evidence
-from mcsmoe.transform.permute import align_layer
+from mcsmoe.merge import METHODS
+from mcsmoe.merge.base import MergeInputs
+from mcsmoe.transform.align import align_layer
 from mcsmoe.types import Grouping, LayerId
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from mcsmoe.digests import check_seal, check_sums
-from mcsmoe.tables import MEASURED
+from mcsmoe.artefacts.digests import check_seal, check_sums
+from mcsmoe.artefacts.tables import MEASURED
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ["Snakefile", "mcsmoe", "rules", "schemas", "workflow_scripts", "profiles", "envs", "config.yaml"]
+PARTS = ["Snakefile", "mcsmoe", "rules", "workflow_scripts", "profiles", "envs", "config.yaml"]
 TINY: dict[str, Any] = yaml.safe_load((ROOT / "tests" / "tiny_workflow.yaml").read_text())
 
 IGNORED = {

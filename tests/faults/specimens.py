@@ -18,16 +18,19 @@ import torch
 from tiny_switch import batch, model
 from torch import Tensor, nn
 
-from mcsmoe import calibrate, checkpoint
 from mcsmoe.adapters.registry import adapter_for
+from mcsmoe.artefacts.tables import read_table, write_table
+from mcsmoe.calibration.files import gradient_tensors, load_statistics, load_tensors, save_tensors
+from mcsmoe.calibration.passes import collect_gradients, collect_routing
+from mcsmoe.checkpoint.load import load_model, load_tokenizer
+from mcsmoe.checkpoint.save import save_model
 from mcsmoe.data.collate import Tokenised
 from mcsmoe.data.files import read_rows
 from mcsmoe.data.sources import load_split, write_rows
 from mcsmoe.data.tasks import load_task
-from mcsmoe.report import ReportInputs
-from mcsmoe.report import write as write_report
-from mcsmoe.routing import RoutingStatistics
-from mcsmoe.tables import read_table, write_table
+from mcsmoe.report.page import ReportInputs
+from mcsmoe.report.page import write as write_report
+from mcsmoe.statistics.routing import RoutingStatistics
 from mcsmoe.train.state import StateStore
 from mcsmoe.train.teacher import TeacherCache, cache_teacher
 from mcsmoe.train.tokenizer import train_tokenizer
@@ -85,8 +88,8 @@ def _frame(frame: pd.DataFrame) -> bytes:
 
 
 def _read_model(path: Path) -> bytes:
-    made = checkpoint.load(path)
-    tokenizer = checkpoint.load_tokenizer(path)
+    made = load_model(path)
+    tokenizer = load_tokenizer(path)
     settings = json.dumps(made.config.to_dict(), sort_keys=True, default=str).replace(str(path.parent), "")
     return _tensors(dict(made.state_dict())) + settings.encode() + str(tokenizer(WORDS)["input_ids"]).encode()
 
@@ -94,14 +97,14 @@ def _read_model(path: Path) -> bytes:
 def _write_statistics(path: Path, version: int) -> None:
     made = _model(version)
     statistics = RoutingStatistics(reservoir=8)
-    calibrate.collect_routing(made, adapter_for(made), [batch()], 1, statistics)
-    calibrate.save_tensors(path, statistics.tensors())
+    collect_routing(made, adapter_for(made), [batch()], 1, statistics)
+    save_tensors(path, statistics.tensors())
 
 
 def _write_gradients(path: Path, version: int) -> None:
     made = _model(version)
-    found = calibrate.collect_gradients(made, adapter_for(made), [batch(rows=1)], 1)
-    calibrate.save_tensors(path, calibrate.gradient_tensors(*found))
+    found = collect_gradients(made, adapter_for(made), [batch(rows=1)], 1)
+    save_tensors(path, gradient_tensors(*found))
 
 
 def _write_teacher(path: Path, version: int) -> None:
@@ -181,7 +184,7 @@ def _write_report(path: Path, version: int) -> None:
 
 
 def _save(made: nn.Module, path: Path, **options: Any) -> None:
-    checkpoint.save(made, path, _tokenizer(), {"stage": "test"}, **options)
+    save_model(made, path, _tokenizer(), {"stage": "test"}, **options)
 
 
 SPECIMENS: dict[str, Specimen] = {
@@ -192,11 +195,9 @@ SPECIMENS: dict[str, Specimen] = {
     ),
     "data set": Specimen("train.parquet", _write_rows, lambda path: _frame(read_rows(path, load_task("COPA")))),
     "routing statistics": Specimen(
-        "routing.safetensors", _write_statistics, lambda path: _tensors(calibrate.load_statistics(path).tensors())
+        "routing.safetensors", _write_statistics, lambda path: _tensors(load_statistics(path).tensors())
     ),
-    "gradients": Specimen(
-        "gradients.safetensors", _write_gradients, lambda path: _tensors(calibrate.load_tensors(path))
-    ),
+    "gradients": Specimen("gradients.safetensors", _write_gradients, lambda path: _tensors(load_tensors(path))),
     "teacher": Specimen("teacher", _write_teacher, _read_teacher),
     "stock checkpoint": Specimen("full", lambda path, version: _save(_model(version), path), _read_model),
     "compact checkpoint": Specimen("merged", lambda path, version: _save(_merged(version), path), _read_model),

@@ -1,0 +1,302 @@
+"""Safetensors files read and written one tensor at a time, their SHA-256 taken on the way.
+
+The safetensors library maps or serialises whole files, which counts against the resident memory of a process that only
+ever needs one layer; this module streams the same format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mcsmoe.artefacts.atomic import atomic_file
+from mcsmoe.artefacts.digests import SEAL, UNSEALED, check_seal, seal
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a tensor needs on disk, known before it is computed."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    @staticmethod
+    def of(tensor: Tensor) -> TensorInfo:
+        return TensorInfo(tensor.dtype, tuple(tensor.shape))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as a writable buffer."""
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+class TensorFile:
+    """One safetensors file, its header checked against its size.
+
+    Raises:
+        ValueError: the file is missing, truncated or not safetensors; names it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.tensors: dict[str, TensorInfo] = {}
+        self._start: dict[str, int] = {}
+        try:
+            size = self.path.stat().st_size
+            with self.path.open("rb") as handle:
+                length = int.from_bytes(handle.read(8), "little")
+                if not 2 <= length <= min(size, _LONGEST_HEADER):
+                    raise ValueError("it has no header")
+                self._data = 8 + length
+                header = json.loads(handle.read(length))
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            end = self._data
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                info = TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                start, stop = (self._data + offset for offset in entry["data_offsets"])
+                if start != end or stop - start != info.nbytes:
+                    raise ValueError(f"tensor {name!r} does not lie where its header says")
+                self.tensors[name], self._start[name], end = info, start, stop
+            if end != size:
+                raise ValueError(f"it has {size} bytes where its header promises {end}")
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be read ({error.strerror}); restore or rebuild it") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.path}: truncated or not a safetensors file ({error}); restore or rebuild it"
+            ) from error
+
+    def _fill(self, handle: io.FileIO | io.BufferedReader, name: str) -> Tensor:
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
+        if tensor.numel():
+            room = _bytes(tensor)
+            # One call returns at most 2 GiB, whatever is asked for.
+            while room:
+                got = handle.readinto(room)
+                if not got:
+                    raise ValueError(f"{self.path}: truncated in tensor {name!r}")
+                room = room[got:]
+        return tensor
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        with self.path.open("rb", buffering=0) as handle:
+            handle.seek(self._start[name])
+            return self._fill(handle, name)
+
+    def overwrite(self, name: str, tensor: Tensor) -> None:
+        """Put ``tensor`` in the place of the stored one, in its number format.
+
+        Raises:
+            ValueError: it has another shape; names the tensor.
+        """
+        info = self.tensors[name]
+        if tuple(tensor.shape) != info.shape:
+            raise ValueError(f"{self.path}: tensor {name!r} has shape {info.shape}, not {tuple(tensor.shape)}")
+        with self.path.open("rb+") as handle:
+            handle.seek(self._start[name])
+            handle.write(_bytes(tensor.detach().to("cpu", info.dtype).contiguous()))
+
+    def verify(self, sha256: str) -> None:
+        """Read the whole file, keeping nothing.
+
+        Raises:
+            ValueError: its SHA-256 is not ``sha256``; names the file.
+        """
+        with self.path.open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        if found != sha256:
+            raise ValueError(f"{self.path}: altered since it was written (its SHA-256 differs); restore or rebuild it")
+
+    def stream(self, sha256: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        """All tensors in file order, each in memory of its own.
+
+        Raises:
+            ValueError: after the last tensor, if the file's SHA-256 is not ``sha256``; names the file.
+        """
+        digest = hashlib.sha256()
+        with self.path.open("rb") as handle:
+            digest.update(handle.read(self._data))
+            for name in self.tensors:
+                tensor = self._fill(handle, name)
+                if sha256 is not None and tensor.numel():
+                    digest.update(_bytes(tensor))
+                yield name, tensor
+        if sha256 is not None and digest.hexdigest() != sha256:
+            raise ValueError(f"{self.path}: altered since it was written (its SHA-256 differs); restore or rebuild it")
+
+
+class TensorFolder:
+    """The weights of a checkpoint folder: one safetensors file, or several with an index.
+
+    Raises:
+        ValueError: no safetensors weights, or an index that names files or tensors which are not there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.files: dict[str, TensorFile] = {}
+        index = self.folder / INDEX
+        if index.is_file():
+            try:
+                weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{index}: not an index of safetensors files") from error
+            names = sorted(set(weight_map.values()))
+        elif (self.folder / SINGLE).is_file():
+            weight_map, names = {}, [SINGLE]
+        else:
+            raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are read")
+        for name in names:
+            self.files[name] = TensorFile(self.folder / name)
+        self.where = {tensor: file for file in self.files.values() for tensor in file.tensors}
+        for tensor in weight_map:
+            if tensor not in self.where:
+                raise ValueError(f"{index}: tensor {tensor!r} is not in {weight_map[tensor]}")
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Every tensor, in the order of the files."""
+        return {name: file.tensors[name] for name, file in self.where.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.where[name].read(name)
+
+
+# -- sealed files ------------------------------------------------------------------------------------------------
+def write_sealed(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors atomically to one safetensors file that carries its own SHA-256 in its metadata."""
+    with atomic_file(path) as partial:
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(stored, partial, {**(metadata or {}), SEAL: UNSEALED})
+        seal(partial)
+
+
+def read_sealed(
+    path: str | Path, believe: Callable[[Mapping[str, str]], bool] = lambda _metadata: True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file; no tensors where the metadata are not to ``believe``.
+
+    Raises:
+        ValueError: missing, unreadable or altered since it was written; names the file and the remedy.
+    """
+    try:
+        check_seal(path)
+        with safe_open(path, framework="pt") as handle:
+            metadata = dict(handle.metadata() or {})
+            names = handle.keys() if believe(metadata) else ()
+            return {name: handle.get_tensor(name) for name in names}, metadata
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
+
+
+def by_alignment(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The same tensors, widest dtype first, so that every tensor of a file starts at a multiple of its item size."""
+    return dict(sorted(infos.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def _shards(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, info in infos.items():
+        if shards[-1] and filled + info.nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += info.nbytes
+    return shards
+
+
+def _header(infos: Mapping[str, TensorInfo], names: list[str], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name in names:
+        start, end = end, end + infos[name].nbytes
+        code = _CODES[infos[name].dtype]
+        entries[name] = {"dtype": code, "shape": list(infos[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(
+    folder: Path,
+    infos: Mapping[str, TensorInfo],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, str]:
+    """Write ``tensors``, which come in the order of ``infos``, holding one at a time.
+
+    Returns:
+        SHA-256 (hexadecimal) by file name. More than ``shard_bytes`` become several files and an index.
+
+    Raises:
+        ValueError: a tensor that comes out of order or is not what ``infos`` announced; names it.
+    """
+    shards = _shards(infos, shard_bytes)
+    files = [SINGLE]
+    if len(shards) > 1:
+        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    coming = iter(tensors)
+    digests: dict[str, str] = {}
+    for file, names in zip(files, shards, strict=True):
+        digest = hashlib.sha256()
+        with (folder / file).open("wb") as handle:
+            header = _header(infos, names, metadata or {})
+            handle.write(header)
+            digest.update(header)
+            for name in names:
+                got, tensor = next(coming, ("nothing", torch.empty(0)))
+                if got != name or TensorInfo.of(tensor) != infos[name]:
+                    raise ValueError(
+                        f"tensor {name!r} {infos[name]} was announced, {got!r} {TensorInfo.of(tensor)} came"
+                    )
+                if tensor.numel():
+                    data = _bytes(tensor.detach().to("cpu").contiguous())
+                    handle.write(data)
+                    digest.update(data)
+        digests[file] = digest.hexdigest()
+    if len(files) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(info.nbytes for info in infos.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
+        (folder / INDEX).write_text(text + "\n")
+    return digests

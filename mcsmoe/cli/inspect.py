@@ -1,0 +1,102 @@
+"""``mcsmoe inspect``: what a checkpoint holds, from its headers alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from mcsmoe.artefacts.tensors import TensorFolder, TensorInfo
+from mcsmoe.checkpoint import format as compact
+
+_EXPERTS = re.compile(r"^(.*)\.experts\.")
+_NUMBER = re.compile(r"\.experts\.(?:expert_)?(\d+)\.")
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Layers, groups, ranks and bytes of a checkpoint folder.
+
+    Raises:
+        ValueError: not a checkpoint folder, or a weight file that is truncated; names it.
+    """
+    config = compact.read_config(folder)
+    specs = compact.layer_specs(folder)
+    infos = TensorFolder(folder).infos
+    inside: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in infos.items():
+        found = _EXPERTS.match(name)
+        if found:
+            inside.setdefault(found[1], {})[name] = info
+    layers = []
+    for layer, tensors in sorted(inside.items(), key=lambda item: _natural(item[0])):
+        spec = specs.get(layer)
+        row: dict[str, Any] = {"layer": layer, **_size(tensors)}
+        if spec is None:
+            experts = _stock_experts(tensors)
+            row |= {"experts": experts, "groups": experts, "rank": None, "kept_rows": None}
+        else:
+            row |= {"experts": len(spec.expert_to_group), "groups": spec.num_groups, "rank": None, "kept_rows": None}
+            if spec.compression is not None:
+                row |= {"rank": spec.compression.rank, "kept_rows": spec.compression.kept_rows}
+        layers.append(row)
+    rest = {name: info for name, info in infos.items() if not _EXPERTS.match(name)}
+    section = config.get(compact.SECTION, {})
+    return {
+        "folder": str(folder),
+        "form": "compact" if section else "stock",
+        "model_type": section.get("base_model_type", config.get("model_type")),
+        "architecture": (config.get("architectures") or ["unknown"])[0],
+        "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}),
+        "layers": layers,
+        "experts": _size({name: info for name, info in infos.items() if _EXPERTS.match(name)}),
+        "rest": _size(rest),
+        "total": _size(infos),
+        "files": sorted(file.path.name for file in TensorFolder(folder).files.values()),
+        "provenance": section.get("provenance", {}),
+    }
+
+
+def _natural(text: str) -> list[Any]:
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", text)]
+
+
+def _size(tensors: dict[str, TensorInfo]) -> dict[str, int]:
+    # Row numbers and redirect tables are bytes, not parameters.
+    counted = [info for info in tensors.values() if info.dtype.is_floating_point]
+    return {
+        "parameters": sum(math.prod(info.shape) for info in counted),
+        "bytes": sum(info.nbytes for info in tensors.values()),
+    }
+
+
+def _stock_experts(tensors: dict[str, TensorInfo]) -> int:
+    numbers = {int(found[1]) for name in tensors if (found := _NUMBER.search(name))}
+    return len(numbers) if numbers else next(iter(tensors.values())).shape[0]
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Print what a checkpoint holds."""
+    found = describe(arguments.model)
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    print(f"{found['folder']}: {found['form']} checkpoint of a {found['architecture']}, {', '.join(found['dtypes'])}")
+    wide = max([len(row["layer"]) for row in found["layers"]] + [5])
+    print(f"\n{'layer':<{wide}}  experts  groups  rank  rows kept  parameters       bytes")
+    for row in found["layers"]:
+        rank = "-" if row["rank"] is None else row["rank"]
+        kept = "-"
+        if row["kept_rows"] is not None:
+            counts = [count for counts in row["kept_rows"].values() for count in counts]
+            kept = f"{min(counts)}-{max(counts)}"
+        print(
+            f"{row['layer']:<{wide}}  {row['experts']:>7}  {row['groups']:>6}  {rank:>4}  {kept:>9}  "
+            f"{row['parameters']:>10,}  {row['bytes']:>10,}"
+        )
+    for name in ("experts", "rest", "total"):
+        print(f"{name:<{wide}}  {'':>37}{found[name]['parameters']:>10,}  {found[name]['bytes']:>10,}")
+    for name, value in found["provenance"].items():
+        print(f"{name}: {json.dumps(value)}")

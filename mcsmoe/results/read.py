@@ -1,0 +1,104 @@
+"""Everything a workflow has measured, read from its folder."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mcsmoe import methods
+from mcsmoe.report.page import ReportInputs
+from mcsmoe.results.summary import Run
+from mcsmoe.artefacts.tables import read_table
+
+_STAGES = {
+    "full": "finetune",
+    "finetuned": "finetune",
+    "pruned": "prune",
+    "recovered": "recover",
+    "compressed": "compress",
+}
+_PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "pandas", "pyarrow", "snakemake", "mlflow")
+
+
+@dataclass(frozen=True)
+class Results:
+    """The runs of one workflow and where their tables lie."""
+
+    folder: Path
+    runs: list[Run]
+    configuration: dict[str, Any]
+
+    @staticmethod
+    def read(folder: Path, runs: Iterable[Mapping[str, Any]], configuration: dict[str, Any]) -> Results:
+        """``runs`` and ``configuration`` as the workflow lists them."""
+        return Results(folder, Run.all(runs, folder), configuration)
+
+    @property
+    def final(self) -> list[Run]:
+        """The last checkpoint of each method: its result."""
+        last = {(run.task, run.seed, run.variant, run.experts): run for run in self.runs}
+        return list(last.values())
+
+    def versions(self) -> dict[str, str]:
+        """Versions of what the numbers depend on."""
+        return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+    def curves(self, run: Run) -> dict[str, pd.DataFrame]:
+        """Training curves of a method by stage, in the order they were run."""
+        found: dict[str, pd.DataFrame] = {}
+        base = {methods.FULL: "training.parquet", methods.DENSE: "dense_training/training.parquet"}.get(run.variant)
+        if base is not None:
+            found["pretrain"] = read_table(self.folder / "base" / f"seed{run.seed}" / base, "training")
+        for stage in _STAGES:
+            name = stage if stage == "full" else f"{run.variant}/{run.experts}e/{stage}"
+            path = run.folder / f"{name}_training" / "training.parquet"
+            if path.is_file() and (stage == "full") == (run.variant == methods.FULL):
+                found[_STAGES[stage]] = read_table(path, "training")
+        return {stage: curve for stage, curve in found.items() if len(curve)}
+
+    # -- report --------------------------------------------------------------------------------------------------
+    def report_inputs(self, summary: pd.DataFrame, benchmarks: Path | None) -> ReportInputs:
+        """What the report shows."""
+        training = []
+        for run in self.final:
+            for stage, curve in self.curves(run).items():
+                training.append(({**run.labels, "stage": stage}, curve))
+        places = {(run.task, run.seed): run for run in self.final}
+        return ReportInputs(
+            summary=summary,
+            metrics=pd.concat([read_table(run.table("metrics"), "metrics") for run in self.runs], ignore_index=True),
+            cost=pd.concat([read_table(run.table("cost"), "cost") for run in self.runs], ignore_index=True),
+            training=training,
+            routing=[
+                ({"task": task, "seed": seed}, read_table(run.folder / "routing.parquet", "routing"))
+                for (task, seed), run in places.items()
+            ],
+            groups=[(run.labels, read_table(run.groups, "groups")) for run in self.final if run.groups is not None],
+            config=self.configuration,
+            versions=self.versions(),
+            benchmarks=None if benchmarks is None else read_benchmarks(benchmarks),
+        )
+
+
+def read_benchmarks(folder: Path) -> pd.DataFrame:
+    """What each job used, in the form of Snakemake's benchmark files: rule, job, wall and processor seconds, and peak resident memory in MB."""
+    rows = []
+    for file in sorted(folder.rglob("*.tsv")):
+        table = pd.read_csv(file, sep="\t", na_values=["-", "NA"])
+        place = file.relative_to(folder)
+        rows.append(
+            {
+                "rule": place.parts[0],
+                "wildcards": "/".join(place.with_suffix("").parts[1:]),
+                "seconds": float(table["s"].iloc[-1]),
+                "cpu_seconds": float(table["cpu_time"].iloc[-1]),
+                "max_rss": float(table["max_rss"].iloc[-1]),
+            }
+        )
+    return pd.DataFrame(rows, columns=["rule", "wildcards", "seconds", "cpu_seconds", "max_rss"])

@@ -1,0 +1,56 @@
+"""What is published of each run: parameters, scores, costs, curves, tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from mcsmoe import methods
+from mcsmoe.artefacts.tables import read_table
+from mcsmoe.report import plots
+from mcsmoe.results.read import Results
+from mcsmoe.tracking.record import RunRecord, final_metrics
+
+_KEYS = ("task", "variant", "experts", "seed")
+_LEFT_OUT = ("tasks", "seeds", "experts", "variants", "methods", "results")
+
+
+def records(found: Results, summary: pd.DataFrame) -> list[RunRecord]:
+    """One record per method, number of experts and seed."""
+    known = methods.resolve(found.configuration)
+    rows: dict[tuple[Any, ...], Any] = {tuple(row[key] for key in _KEYS): row for row in summary.to_dict("records")}
+    made = []
+    for run in found.final:
+        key = tuple(getattr(run, name) for name in _KEYS)
+        mine = [one for one in found.runs if tuple(getattr(one, name) for name in _KEYS) == key]
+        metrics = pd.concat([read_table(one.table("metrics"), "metrics") for one in mine], ignore_index=True)
+        cost = {str(name): value for name, value in read_table(run.table("cost"), "cost").iloc[0].items()}
+        routing = read_table(run.folder / "routing.parquet", "routing")
+        tables = {"metrics": metrics, "routing": routing}
+        figures: dict[str, Any] = {"usage": partial(plots.usage, routing)}
+        if run.groups is not None:
+            tables["groups"] = read_table(run.groups, "groups")
+            figures["groups"] = partial(plots.grouping, tables["groups"])
+            # Task-specific pruning compares no experts.
+            if known[run.variant].merge != methods.TASK_SPECIFIC:
+                tables["similarity"] = read_table(run.groups.with_name("similarity.parquet"), "similarity")
+                figures["similarity"] = partial(plots.similarity, tables["similarity"])
+        made.append(
+            RunRecord(
+                *(run.task, run.variant, run.experts, run.seed),
+                parameters={"method": methods.as_dict(known[run.variant]), **_settings(found.configuration)},
+                tags={"stage": run.stage, "verdict": rows[key]["verdict"]},
+                metrics=final_metrics(rows[key], metrics, cost),
+                curves=found.curves(run),
+                tables=tables,
+                figures=figures,
+            )
+        )
+    return made
+
+
+def _settings(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in configuration.items() if key not in _LEFT_OUT}

@@ -1,0 +1,224 @@
+"""A process with torch and transformers loaded, of which every job of a local workflow is a fork.
+
+Interpreter and imports take a stage that needs a model class several seconds of processor time, a fork some hundredths.
+The process starts with the workflow and imports nothing until the first job asks; it ends when the workflow's end of its
+standard input is closed, however the workflow ended. It stays in the workflow's process group, so what ends the group ends
+the jobs too.
+
+A job is watched by a small process of its own: if whoever asked for the job is gone, the job is killed, as it would be below
+a shell that was killed, and if the watcher is gone, the kernel kills the job. Nothing of a job reaches the next one.
+
+Linux only (it needs pidfds, abstract sockets and the parent-death signal); elsewhere jobs are started one by one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import secrets
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = [
+    *("torch", "numpy", "pandas", "pyarrow.parquet", "safetensors.torch", "datasets", "scipy.optimize", "scipy.linalg"),
+    *("accelerate", "transformers.modeling_utils", "transformers.generation"),
+    "transformers.tokenization_utils_tokenizers",
+    *("transformers.models.auto.modeling_auto", "transformers.models.switch_transformers.modeling_switch_transformers"),
+]
+"""What most stages import, none of it ours: a job must read the code of the project as it is."""
+
+
+# -- the workflow's side -------------------------------------------------------------------------------------------
+_STARTED: list[subprocess.Popen[bytes]] = []
+
+
+def start() -> None:
+    """Start the process for the jobs of this workflow and name it to them.
+
+    Nothing is started where the system cannot do it, or where ``MCSMOE_FORKSERVER`` is set, and be it to nothing.
+    """
+    if not sys.platform.startswith("linux") or "MCSMOE_FORKSERVER" in os.environ:
+        return
+    # An abstract name leaves no file behind, however the workflow ends; both sides check whose the other is.
+    name = f"mcsmoe-{secrets.token_hex(16)}"
+    process = subprocess.Popen(
+        [sys.executable, __file__, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    if process.stdout.read(1):  # it listens
+        _STARTED.append(process)
+        os.environ["MCSMOE_FORKSERVER"] = name
+
+
+def stop() -> None:
+    """End the process, once no job runs; it ends by itself, too, when the workflow does."""
+    while _STARTED:
+        os.environ.pop("MCSMOE_FORKSERVER", None)
+        process = _STARTED.pop()
+        process.kill()
+        process.wait()
+
+
+# -- the process itself --------------------------------------------------------------------------------------------
+def load() -> None:
+    """Import what jobs need, with the environment they would set before they import it."""
+    from mcsmoe import console
+
+    console.settle_environment(threads=1)
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a job then leaves the shared pages alone
+
+
+def serve(name: str) -> list[str] | None:
+    """Accept jobs until the workflow ends; returns only in a job, with its command line, or at the end, with nothing."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(f"\0{name}")
+    listener.listen(256)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the jobs are told by the terminal themselves
+    os.write(1, b".")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    loaded = False
+    sources: list[Any] = [listener, 0]
+    while True:
+        ready, _, _ = select.select(sources, [], [])
+        if 0 in ready:
+            return None
+        connection, _ = listener.accept()
+        _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if user != os.getuid():
+            connection.close()
+            continue
+        if not loaded:
+            load()
+            loaded = True
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are not waited for
+        if os.fork() == 0:
+            listener.close()
+            return watch(connection)
+        connection.close()
+
+
+def watch(connection: socket.socket) -> list[str]:
+    """Fork the job, wait for its end or for the loss of whoever asked for it, and tell; returns in the job only."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    request, streams = receive(connection)
+    if not alike(request):
+        os._exit(0)  # no answer: the job is started in a process of its own
+    connection.sendall(b"started\n")
+    watcher = os.getpid()
+    job = os.fork()
+    if job == 0:
+        connection.close()
+        become(request, streams, watcher)
+        return list(request["words"])
+    for stream in streams:
+        os.close(stream)
+    ended = os.pidfd_open(job)
+    sources: list[Any] = [ended, connection]
+    ready, _, _ = select.select(sources, [], [])
+    if ended not in ready:
+        os.kill(job, signal.SIGKILL)
+    _, status, used = os.wait4(job, 0)
+    told = {
+        "status": os.waitstatus_to_exitcode(status),
+        "processor": used.ru_utime + used.ru_stime,
+        "memory": used.ru_maxrss / 2**10,
+    }
+    with contextlib.suppress(OSError):  # whoever asked may be gone
+        connection.sendall(json.dumps(told).encode() + b"\n")
+    os._exit(0)
+
+
+def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """A request and the standard streams that come with it."""
+    head, streams, _, _ = socket.recv_fds(connection, 4, 3)
+    size, body = int.from_bytes(head, "big"), b""
+    while len(body) < size:
+        part = connection.recv(size - len(body))
+        if not part:
+            os._exit(0)  # whoever asked is gone
+        body += part
+    return json.loads(body), list(streams)
+
+
+def alike(request: dict[str, Any]) -> bool:
+    """Whether a fork of this process is what the job would get in a process of its own."""
+    decisive = ("PYTHONPATH", "PYTHONHASHSEED", "HF_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "LD_LIBRARY_PATH")
+    environment = request["environment"]
+    return request["executable"] == sys.executable and all(
+        environment.get(name) == _ENVIRONMENT.get(name) for name in decisive
+    )
+
+
+def become(request: dict[str, Any], streams: list[int], watcher: int) -> None:
+    """Take over the streams, folder and environment of the one that asked, and die with the watcher."""
+    from mcsmoe.workflow.launch import die_with
+
+    die_with(watcher)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    for text in (sys.stdout, sys.stderr):
+        text.reconfigure(line_buffering=text is sys.stderr or text.isatty())  # type: ignore[union-attr]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(Path(request["words"][0]).stem)  # what top shows
+
+
+_ENVIRONMENT = dict(os.environ)
+
+
+def run(words: list[str]) -> int:
+    """Run a script as if it had been started by itself; its exit status."""
+    sys.argv = words
+    sys.path[0] = str(Path(words[0]).resolve().parent)
+    status = 0
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    return status
+
+
+def main() -> None:
+    """Serve; in a job, run its script and leave."""
+    words = serve(sys.argv[1])
+    if words is None:
+        return
+    status = run(words)
+    # What is left to an interpreter's end, but for taking apart every library: that alone takes most of a short job's time,
+    # for it makes the job's own copy of all the memory it shares.
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status & 0xFF)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Command-line options of the stages, made from the configuration's schema, so that each setting is described once."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mcsmoe.workflow.schema import section
+
+_PYTHON: dict[str, Any] = {"integer": int, "number": float, "string": str}
+
+
+def _kind(part: Mapping[str, Any]) -> str:
+    kind = part.get("type", "string")
+    kinds = [kind] if isinstance(kind, str) else kind
+    return next(name for name in kinds if name != "null")
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def add_section(parser: argparse.ArgumentParser, name: str, only: Iterable[str] | None = None) -> None:
+    """One option per key of section ``name`` of the configuration (or per key in ``only``)."""
+    wanted = None if only is None else set(only)
+    group = parser.add_argument_group(f"settings of {name!r} in the configuration")
+    taken = {flag for action in parser._actions for flag in action.option_strings}
+    for key, part in section(name).items():
+        if _flag(key) in taken or (wanted is not None and key not in wanted):
+            continue
+        options: dict[str, Any] = {
+            "dest": key,
+            "default": part.get("default"),
+            "help": part.get("description", "").replace("%", "%%"),
+        }
+        if "enum" in part:
+            group.add_argument(_flag(key), choices=part["enum"], **options)
+        elif _kind(part) == "boolean":
+            group.add_argument(_flag(key), action=argparse.BooleanOptionalAction, **options)
+        elif _kind(part) == "array":
+            group.add_argument(_flag(key), nargs="*", type=_PYTHON[_kind(part["items"])], **options)
+        elif _kind(part) != "object":
+            group.add_argument(_flag(key), type=_PYTHON[_kind(part)], **options)
+
+
+def settings(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What was given for section ``name``, by key of the configuration."""
+    return {key: getattr(arguments, key) for key in section(name) if hasattr(arguments, key)}
+
+
+def as_flags(values: Mapping[str, Any]) -> str:
+    """``values`` as they are typed on a command line; a null leaves its option out."""
+    words: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(_flag(key) if value else "--no-" + key.replace("_", "-"))
+        elif isinstance(value, (list, tuple)):
+            if value:
+                words += [_flag(key), *map(str, value)]
+        elif not isinstance(value, Mapping):
+            words += [_flag(key), str(value)]
+    return shlex.join(words)
+
+
+def add_tokens(parser: argparse.ArgumentParser) -> None:
+    """Where the tokens of a split are kept, for every stage that reads it."""
+    parser.add_argument("--tokens", type=Path, help="folder that keeps tokens for other stages; none tokenises anew")
+
+
+def add_training(parser: argparse.ArgumentParser, name: str) -> None:
+    """What every stage that trains on a task reads and writes, and the settings of its section."""
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint to start from")
+    parser.add_argument("--task", required=True, help="task name, or path of a task file")
+    parser.add_argument("--train", type=Path, required=True, help="training examples")
+    parser.add_argument("--selection", type=Path, required=True, help="examples to select the checkpoint on")
+    parser.add_argument("--seed", type=int, default=0, help="of batches and dropout")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", type=Path, required=True, help="written: checkpoint folder")
+    parser.add_argument("--training", type=Path, required=True, help="written: training curve")
+    parser.add_argument("--selected", type=Path, required=True, help="written: selection history")
+    parser.add_argument("--state", type=Path, required=True, help="folder of the state to resume from")
+    add_tokens(parser)
+    add_section(parser, "data", only=("max_input", "max_label"))
+    add_section(parser, "evaluate", only=("protocol",))
+    add_section(parser, name)
+
+
+def add_labels(parser: argparse.ArgumentParser) -> None:
+    """What names a checkpoint in the tables of results."""
+    parser.add_argument("--variant", required=True, help="method, for the table")
+    parser.add_argument("--experts", type=int, default=0, help="experts kept per layer on average, for the table")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run, for the table")
+    parser.add_argument("--stage", required=True, help="which checkpoint of the method, for the table")
+
+
+def labels(arguments: argparse.Namespace, task: str) -> dict[str, Any]:
+    """The columns that ``add_labels`` asked for."""
+    return {"task": task, **{key: getattr(arguments, key) for key in ("variant", "experts", "seed", "stage")}}

@@ -1,0 +1,65 @@
+"""Which code an artefact was made by: the digest of a script and of every module of ours it can reach.
+
+Snakemake tracks a rule's script but not the modules it imports; each rule carries this digest as a parameter, so that
+changing a library module reruns exactly the rules that use it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from functools import cache
+from pathlib import Path
+
+PACKAGE = "mcsmoe"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _module_file(module: str) -> Path | None:
+    base = ROOT.joinpath(*module.split("."))
+    for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+@cache
+def _imports(file: Path) -> frozenset[str]:
+    """Modules of ours that ``file`` names in an import statement, at the top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(), filename=str(file))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return frozenset(name for name in found if name.startswith(f"{PACKAGE}."))
+
+
+def modules_used(script: str | Path) -> list[Path]:
+    """Files of ours that ``script`` reaches through imports, itself included, sorted.
+
+    The package's own ``__init__`` is only a facade for users and is never counted; those of sub-packages are.
+    """
+    todo, seen = [Path(script).resolve()], set()
+    while todo:
+        file = todo.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        for module in _imports(file):
+            parts = module.split(".")
+            for end in range(2, len(parts) + 1):
+                target = _module_file(".".join(parts[:end]))
+                if target is not None:
+                    todo.append(target)
+    return sorted(seen)
+
+
+def code_digest(script: str | Path) -> str:
+    """First 16 hexadecimal digits of the SHA-256 over the code of ``script`` and of the modules it uses."""
+    digest = hashlib.sha256()
+    for file in modules_used(script):
+        digest.update(str(file.relative_to(ROOT)).encode() + b"\0")
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
