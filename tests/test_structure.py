@@ -134,14 +134,18 @@ def test_every_stage_switches_the_telemetry_of_the_hub_off() -> None:
 
 def test_publishing_switches_the_telemetry_of_mlflow_off() -> None:
     off = "from mlflow.telemetry.utils import is_telemetry_disabled; print(is_telemetry_disabled())"
-    assert _in_a_clean_environment(f"from mcsmoe.tracking import store as tracking; tracking._mlflow(); {off}") == "True"
+    assert (
+        _in_a_clean_environment(f"from mcsmoe.tracking import store as tracking; tracking._mlflow(); {off}") == "True"
+    )
     assert _in_a_clean_environment(off) == "False", "the test would pass whatever publishing does"
 
 
 def test_the_ui_tells_its_pages_to_send_nothing() -> None:
     handler = "from mlflow.server.handlers import get_ui_telemetry_handler as answer; from flask import Flask"
     asked = "context = Flask('x').app_context(); context.push(); print(answer().json['disable_ui_telemetry'])"
-    environment = "import os, shlex; from mcsmoe.tracking.store import ui_command; words = shlex.split(ui_command('results'))"
+    environment = (
+        "import os, shlex; from mcsmoe.tracking.store import ui_command; words = shlex.split(ui_command('results'))"
+    )
     given = "os.environ.update(word.split('=', 1) for word in words[1 : words.index('ui') - 1])"
     assert _in_a_clean_environment(f"{environment}; {given}; {handler}; {asked}") == "True"
 

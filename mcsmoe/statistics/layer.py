@@ -8,11 +8,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from mcsmoe.statistics.outputs import OutputSums
 from mcsmoe.statistics.reservoir import Reservoir
 from mcsmoe.types import LayerId
 
 _COUNTS = ("valid_tokens", "wanted_E", "computed_E", "dropped_E", "saliency_tokens_E", "position")
-_OPTIONAL = ("input_gram_EDD", "reservoir")
+_OUTPUTS = "outputs_"
+_OPTIONAL = ("input_gram_EDD", "reservoir", "outputs")
 
 
 @dataclass
@@ -39,6 +41,7 @@ class LayerStatistics:
     position: Tensor  # []: number in the stream of the next token
     input_gram_EDD: Tensor | None = None  # inputs.T @ inputs of computed tokens
     reservoir: Reservoir | None = None
+    outputs: OutputSums | None = None
 
     @property
     def num_experts(self) -> int:
@@ -122,16 +125,24 @@ class LayerStatistics:
 
     # -- arithmetic ----------------------------------------------------------------------------------------------
     def add_(self, other: LayerStatistics) -> None:
-        """Take in the statistics of other tokens of the same layer, where both have the optional ones."""
+        """Take in the statistics of other tokens of the same layer, where both have the optional ones.
+
+        Raises:
+            ValueError: outputs of experts were seen for one of the two alone: sums over part of the tokens are of no use.
+        """
+        if (self.outputs is None) != (other.outputs is None):
+            raise ValueError("outputs of experts were seen for part of the tokens only; collect the statistics again")
         for name, tensor in other._summed().items():
             mine = getattr(self, name)
             mine += tensor.to(mine.device)
         self.position = torch.maximum(self.position, other.position.to(self.position.device))
         if self.reservoir is not None and other.reservoir is not None:
             self.reservoir = self.reservoir.merge(other.reservoir)
+        if self.outputs is not None and other.outputs is not None:
+            self.outputs.add_(other.outputs)
 
     def _summed(self) -> dict[str, Tensor]:
-        names = [one.name for one in fields(self) if one.name not in ("position", "reservoir")]
+        names = [one.name for one in fields(self) if one.name not in ("position", "reservoir", "outputs")]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -139,6 +150,8 @@ class LayerStatistics:
         made = self._summed() | {"position": self.position}
         if self.reservoir is not None:
             made |= {f"reservoir_{name}": tensor for name, tensor in vars(self.reservoir).items()}
+        if self.outputs is not None:
+            made |= {f"{_OUTPUTS}{name}": tensor for name, tensor in self.outputs.tensors().items()}
         return made
 
     @classmethod
@@ -167,10 +180,16 @@ class LayerStatistics:
             raise ValueError(
                 f"layer {layer!r}: its reservoir has only {sorted(complete)}; collect the statistics again"
             )
+        sums = {name.removeprefix(_OUTPUTS): tensors[name] for name in tensors if name.startswith(_OUTPUTS)}
+        try:
+            outputs = OutputSums.from_tensors(sums, experts, width) if sums else None
+        except ValueError as error:
+            raise ValueError(f"layer {layer!r}: {error}") from error
         made = cls(
             **{name: tensors[name].clone() for name in wanted},
             input_gram_EDD=tensors["input_gram_EDD"].clone() if "input_gram_EDD" in tensors else None,
             reservoir=Reservoir(**complete) if complete else None,
+            outputs=outputs,
         )
         made.check_finite(layer)
         return made

@@ -15,14 +15,14 @@ from torch.nn import functional
 
 from mcsmoe.statistics.gram import column_gram
 from mcsmoe.statistics.layer import LayerStatistics
+from mcsmoe.statistics.outputs import ChosenOutputs, OutputSums
 from mcsmoe.statistics.reservoir import Reservoir, keys
+from mcsmoe.statistics.segments import expert_sums
 from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, Role, RoutedBatch
 
 __all__ = ["LayerStatistics", "RoutingStatistics"]
 
 _SETTINGS = "settings"
-_CHUNK = 32  # rows summed at once
-_BLOCK_BYTES = {"cpu": 2**20}  # of float64 inputs gathered at once: what the cache holds; else what fills a GPU
 
 
 class RoutingStatistics:
@@ -63,11 +63,14 @@ class RoutingStatistics:
         batches: Mapping[LayerId, RoutedBatch],
         experts: Mapping[LayerId, ExpertWeights] | None = None,
         activations: Mapping[LayerId, ExpertActivation] | None = None,
+        outputs: Mapping[LayerId, ChosenOutputs] | None = None,
+        stream_square: Mapping[LayerId, Tensor] | None = None,
     ) -> None:
         """Take in one forward pass; only valid tokens count. After an error nothing has changed.
 
-        With ``experts`` and ``activations``, by layer, the saliency of experts is collected too, at the cost of
-        computing every token's experts once more.
+        With ``outputs``, by layer, what the experts gave is summed too, and with it their saliency. With ``experts`` and
+        ``activations`` in their place the saliency alone is, at the cost of computing every token's experts once more.
+        ``stream_square`` holds, by layer, the squared norm [T] of the residual stream after the layer's block.
 
         Raises:
             ValueError: non-finite inputs or logits, or a layer of another shape than before; names layer and token.
@@ -79,7 +82,13 @@ class RoutingStatistics:
             made = _measure(layer, batch, positions.get(layer, 0))
             if layer in self.layers:
                 self.layers[layer].check_against(layer, made.num_experts, made.d_model)
-            if experts is not None and activations is not None:
+            held = self.layers.get(layer)
+            if held is not None and (held.outputs is None) != (outputs is None):
+                raise ValueError(f"layer {layer!r}: outputs of experts must be given for all tokens or for none")
+            if outputs is not None:
+                square_T = None if stream_square is None else stream_square[layer]
+                _take_outputs(layer, given, outputs[layer], square_T, made)
+            elif experts is not None and activations is not None:
                 made.check_against(layer, experts[layer].num_experts, experts[layer].d_model)
                 made.saliency_tokens_E = made.computed_E.clone()
                 made.saliency_sum_E = _saliency(batch, experts[layer], activations[layer])
@@ -177,7 +186,7 @@ def _measure(layer: LayerId, batch: RoutedBatch, position: int) -> LayerStatisti
     wanted_E = torch.bincount(batch.wanted_TK.flatten(), minlength=experts)
     token_N, expert_N, gate_N = _pairs(batch)
     computed_E = torch.bincount(expert_N, minlength=experts)
-    sums_3ED = _expert_sums(inputs_TD, token_N, expert_N, computed_E)
+    sums_3ED = expert_sums(inputs_TD, token_N, expert_N, computed_E, 3, _input_terms)
     assert bool((computed_E <= wanted_E).all()), f"{layer}: an expert computed tokens that did not want it"
     made = LayerStatistics(
         valid_tokens=torch.tensor(tokens, device=inputs_TD.device),
@@ -230,44 +239,11 @@ def _pairs(batch: RoutedBatch) -> tuple[Tensor, Tensor, Tensor]:
     return place_N.div(choices, rounding_mode="floor"), chosen_N, gate_N
 
 
-def _expert_sums(inputs_TD: Tensor, token_N: Tensor, expert_N: Tensor, count_E: Tensor) -> Tensor:
-    """Float64 [3, E, D]: per expert, sums of inputs, of their absolute values and of their squares.
-
-    Choices are sorted by expert and cut into chunks of one expert each, which are summed side by side whatever the load of
-    the experts: on a CPU about three times as fast as a product with one-hot choices or ``index_add_``.
-    """
-    end_E = count_E.cumsum(0)
-    token_N = token_N[torch.argsort(expert_N, stable=True)]
-    expert_E = torch.arange(count_E.shape[0], device=count_E.device)
-    inside_R = torch.arange(_CHUNK, device=count_E.device)
-    whole_E = count_E // _CHUNK
-    owner_C = torch.repeat_interleave(expert_E, whole_E)
-    chunk_C = torch.arange(owner_C.shape[0], device=count_E.device) - (whole_E.cumsum(0) - whole_E)[owner_C]
-    start_C = (end_E - count_E)[owner_C] + chunk_C * _CHUNK
-    sums_3ED = torch.zeros(3, *count_E.shape, inputs_TD.shape[1], dtype=torch.float64, device=inputs_TD.device)
-    sums_3ED.index_add_(1, owner_C, _chunk_sums(inputs_TD, token_N[start_C[:, None] + inside_R], None))
-    # What is left of each expert fills part of a chunk.
-    place_ER = (end_E - count_E % _CHUNK)[:, None] + inside_R
-    kept_ER = place_ER < end_E[:, None]
-    if token_N.numel():
-        sums_3ED += _chunk_sums(inputs_TD, token_N[place_ER.clamp_(max=token_N.shape[0] - 1)], kept_ER)
-    return sums_3ED
-
-
-def _chunk_sums(inputs_TD: Tensor, token_CR: Tensor, kept_CR: Tensor | None) -> Tensor:
-    """Float64 [3, C, D]: the three sums of each row of tokens."""
-    width, device = inputs_TD.shape[1], inputs_TD.device
-    made_3CD = torch.empty(3, token_CR.shape[0], width, dtype=torch.float64, device=device)
-    size = max(1, _BLOCK_BYTES.get(device.type, 2**28) // (8 * _CHUNK * width))
-    for start in range(0, token_CR.shape[0], size):
-        block = slice(start, start + size)
-        rows_CRD = inputs_TD.index_select(0, token_CR[block].flatten()).double().view(-1, _CHUNK, width)
-        if kept_CR is not None:
-            rows_CRD *= kept_CR[block, :, None]
-        torch.sum(rows_CRD, dim=1, out=made_3CD[0, block])
-        torch.sum(rows_CRD.square(), dim=1, out=made_3CD[2, block])
-        torch.sum(rows_CRD.abs_(), dim=1, out=made_3CD[1, block])
-    return made_3CD
+def _input_terms(rows_CRD: Tensor, _choice_CR: Tensor, out_3CD: Tensor) -> None:
+    """Sums of inputs, of their absolute values and of their squares."""
+    torch.sum(rows_CRD, dim=1, out=out_3CD[0])
+    torch.sum(rows_CRD.square(), dim=1, out=out_3CD[2])
+    torch.sum(rows_CRD.abs_(), dim=1, out=out_3CD[1])
 
 
 def _square_sum(batch: RoutedBatch, square_sum_ED: Tensor) -> Tensor:
@@ -286,6 +262,22 @@ def _by_expert(token_N: Tensor, expert_N: Tensor, experts: int) -> Iterator[tupl
     for expert, rows_N in enumerate(token_N[order_N].split(counts)):
         if rows_N.numel():
             yield expert, rows_N
+
+
+def _take_outputs(
+    layer: LayerId, batch: RoutedBatch, outputs: ChosenOutputs, square_T: Tensor | None, made: LayerStatistics
+) -> None:
+    """Put the sums over outputs of one batch, and the saliency that follows from them, into ``made``."""
+    keep = batch.valid_T
+    kept = (outputs.outputs_TKD, batch.chosen_TK, outputs.weights_TK)
+    if not bool(keep.all()):
+        kept = (kept[0][keep], kept[1][keep], kept[2][keep])
+    made.outputs = OutputSums.measured(*kept, made.num_experts)
+    if square_T is not None:
+        made.outputs.stream_square_sum = square_T[keep].sum(dtype=torch.float64)
+    made.saliency_tokens_E = made.computed_E.clone()
+    made.saliency_sum_E = made.outputs.gated_norm_sum_E / outputs.scale
+    made.check_finite(layer)
 
 
 def _saliency(batch: RoutedBatch, weights: ExpertWeights, activation: ExpertActivation) -> Tensor:
