@@ -1,6 +1,7 @@
 # make reproduce   set up and run the main job on the embedded default
-# make test        set up and pass the tests
-# make lint        style, types and generated pages, as make test begins
+# make check       between two edits: style, types and every test that does not run the workflow (2 minutes on two cores)
+# make test        everything: make lint and all tests (8 minutes on two cores)
+# make lint        style, types and generated pages, as both begin
 # make docs        write the generated pages of docs/ anew
 # make ui          open the MLflow UI on what was run
 # make clean       remove results (not the environment)
@@ -9,8 +10,11 @@ PYTHON ?= python3
 CORES ?= all
 CONFIG ?= config.yaml
 RESULTS ?= results
+# Processes that share the tests, one for each core; what shares a costly fixture stays together (tests/conftest.py).
+WORKERS ?= logical
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --maxprocesses 16 --dist loadgroup --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Nothing is sent anywhere by any library used.
@@ -18,13 +22,16 @@ export DO_NOT_TRACK := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: reproduce test lint docs ui clean
+.PHONY: reproduce check test lint docs ui clean
 
 reproduce: $(VENV)/.ready
 	$(RUN) -m snakemake --cores $(CORES) --configfile "$(CONFIG)"
 
+check: lint
+	$(PYTEST) -m "not workflow"
+
 test: lint
-	$(RUN) -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .

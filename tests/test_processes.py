@@ -168,7 +168,7 @@ class Place:
         save_model(build_switch(ARCHITECTURE, len(tokenizer), 0), folder / "base", tokenizer)
 
     def command(self, processes: int, script: str, *arguments: str) -> list[str]:
-        launch = [sys.executable, str(ROOT / "mcsmoe" / "jobs" / "launch.py"), "--processes", str(processes)]
+        launch = [sys.executable, str(ROOT / "mcsmoe" / "workflow" / "launch.py"), "--processes", str(processes)]
         return [*launch, str(ROOT / "workflow_scripts" / f"{script}.py"), *map(str, arguments)]
 
     def run(self, processes: int, script: str, *arguments: str, expect: int = 0) -> str:

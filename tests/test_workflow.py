@@ -96,8 +96,8 @@ def test_changed_code_reruns_the_rules_that_use_it(done: Project) -> None:
 
     after_grouping = {"group", "merge", "recover", "compress", "evaluate", "profile_cost", "summarise", "publish"}
     assert planned_with("grouping/dominant.py") == after_grouping
-    assert planned_with("report.py") == {"summarise", "publish"}
-    assert planned_with("tracking.py") == {"publish"}
+    assert planned_with("report/page.py") == {"summarise", "publish"}
+    assert planned_with("tracking/store.py") == {"publish"}
     assert done.planned() == {}
 
 
