@@ -29,6 +29,9 @@ MERGES = (
 )
 """Names of the merge methods (``mcsmoe.merge.METHODS``)."""
 
+CHOICES = {"similarity": SIMILARITIES, "grouping": GROUPINGS, "merge": MERGES}
+"""By field of a method, the names it takes, where the schema has no list of them."""
+
 TASK_SPECIFIC = "task-specific"
 """In place of a merge method: experts are pruned while the base model is fine-tuned, not merged afterwards."""
 

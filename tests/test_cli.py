@@ -268,7 +268,8 @@ def test_errors_are_one_message_and_status_1(
 
 
 def test_help_is_quick_and_has_an_example() -> None:
-    for command in ("merge", "compress", "inspect", "export"):
+    assert {"merge", "compress", "inspect", "export"} <= set(cli.commands())
+    for command in cli.commands():
         code = (
             f"import sys\nfrom mcsmoe.cli import main as cli\ntry:\n    cli.main([{command!r}, '--help'])\n"
             "except SystemExit as stopped:\n    assert stopped.code == 0\n"
@@ -277,6 +278,13 @@ def test_help_is_quick_and_has_an_example() -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert f"mcsmoe {command} " in done.stdout
         assert "example:" in done.stdout
+
+
+def test_the_package_is_a_command_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "mcsmoe", "--help"], capture_output=True, text=True, check=True)
+    for name, command in cli.commands().items():
+        assert name in done.stdout
+        assert command.HELP.splitlines()[0].split()[0] in done.stdout
 
 
 # -- memory ------------------------------------------------------------------------------------------------------

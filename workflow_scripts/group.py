@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mcsmoe import console, methods
+from mcsmoe import console
 from mcsmoe.workflow import options
 
 EXAMPLE = (
@@ -21,11 +21,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--routing", type=Path, required=True, help="routing statistics")
     parser.add_argument("--gradients", type=Path, help="gradients, for the bases that compare them")
     parser.add_argument("--experts", type=int, required=True, help="experts to keep per layer, on average")
-    parser.add_argument("--similarity", choices=methods.SIMILARITIES, default="router-logits", help="similarity base")
-    parser.add_argument("--grouping", choices=methods.GROUPINGS, default="dominant", help="grouping method")
-    parser.add_argument("--budget", choices=["adaptive", "uniform"], default="adaptive", help="spread over the layers")
-    parser.add_argument("--linkage", default="average", help="of hierarchical grouping")
-    parser.add_argument("--merge", choices=methods.MERGES, default="frequency", help="merge method, for its weights")
+    options.add_method(parser, ("similarity", "grouping", "budget", "linkage"))
+    options.add_method(parser, ("merge",), start="msmoe")
     parser.add_argument("--seed", type=int, default=0, help="of random and spectral grouping")
     parser.add_argument("--similarity-table", type=Path, required=True, help="written: similarities")
     parser.add_argument("--groups", type=Path, required=True, help="written: groups")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mcsmoe import console, methods
+from mcsmoe import console
 from mcsmoe.workflow import options
 
 EXAMPLE = (
@@ -21,8 +21,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--groups", type=Path, required=True, help="groups")
     parser.add_argument("--routing", type=Path, required=True, help="routing statistics")
     parser.add_argument("--gradients", type=Path, help="Fisher information, for merging by it")
-    parser.add_argument("--merge", choices=methods.MERGES, default="frequency", help="merge method")
-    parser.add_argument("--alignment", default="none", help="weight-dominant or activation-dominant")
+    options.add_method(parser, ("merge",), start="msmoe")
+    options.add_method(parser, ("alignment",))
     parser.add_argument("--seed", type=int, default=0, help="of random weights")
     parser.add_argument("--out", type=Path, required=True, help="written: compact checkpoint folder")
     options.add_section(parser, "merge", only=("threads",))

@@ -7,13 +7,22 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mcsmoe.artefacts.tensors import TensorFolder, TensorInfo
-from mcsmoe.checkpoint import format as compact
+if TYPE_CHECKING:
+    from mcsmoe.artefacts.tensors import TensorInfo
 
+NAME = "inspect"
+HELP = "Show the layers, groups, ranks and bytes of a checkpoint, from its headers alone."
+EXAMPLE = "mcsmoe inspect compressed"
 _EXPERTS = re.compile(r"^(.*)\.experts\.")
 _NUMBER = re.compile(r"\.experts\.(?:expert_)?(\d+)\.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument("model", type=Path, help="checkpoint folder")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -22,6 +31,9 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: not a checkpoint folder, or a weight file that is truncated; names it.
     """
+    from mcsmoe.artefacts.tensors import TensorFolder
+    from mcsmoe.checkpoint import format as compact
+
     config = compact.read_config(folder)
     specs = compact.layer_specs(folder)
     infos = TensorFolder(folder).infos
@@ -77,7 +89,7 @@ def _stock_experts(tensors: dict[str, TensorInfo]) -> int:
     return len(numbers) if numbers else next(iter(tensors.values())).shape[0]
 
 
-def inspect(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Print what a checkpoint holds."""
     found = describe(arguments.model)
     if arguments.json:

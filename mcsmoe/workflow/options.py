@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mcsmoe.workflow.schema import section
+from mcsmoe import methods
+from mcsmoe.workflow.schema import method, section
 
 _PYTHON: dict[str, Any] = {"integer": int, "number": float, "string": str}
 
@@ -29,21 +30,40 @@ def add_section(parser: argparse.ArgumentParser, name: str, only: Iterable[str] 
     group = parser.add_argument_group(f"settings of {name!r} in the configuration")
     taken = {flag for action in parser._actions for flag in action.option_strings}
     for key, part in section(name).items():
-        if _flag(key) in taken or (wanted is not None and key not in wanted):
-            continue
-        options: dict[str, Any] = {
-            "dest": key,
-            "default": part.get("default"),
-            "help": part.get("description", "").replace("%", "%%"),
-        }
-        if "enum" in part:
-            group.add_argument(_flag(key), choices=part["enum"], **options)
-        elif _kind(part) == "boolean":
-            group.add_argument(_flag(key), action=argparse.BooleanOptionalAction, **options)
-        elif _kind(part) == "array":
-            group.add_argument(_flag(key), nargs="*", type=_PYTHON[_kind(part["items"])], **options)
-        elif _kind(part) != "object":
-            group.add_argument(_flag(key), type=_PYTHON[_kind(part)], **options)
+        if _flag(key) not in taken and (wanted is None or key in wanted):
+            _add(group, _flag(key), key, part, part.get("default"))
+
+
+def add_method(
+    parser: argparse._ActionsContainer, fields: Iterable[str], start: str | None = None, flag: str | None = None
+) -> None:
+    """One option per field of a method, with the values of the built-in method ``start`` where none is given.
+
+    ``flag`` is another name for the option, where there is one field.
+    """
+    defaults = methods.Method("") if start is None else methods.BUILTIN[start]
+    for name in fields:
+        part = dict(method()[name])
+        if name in methods.CHOICES:
+            part["enum"] = list(methods.CHOICES[name])
+        dest = name if flag is None else flag.removeprefix("--")
+        _add(parser, flag or _flag(name), dest, part, getattr(defaults, name))
+
+
+def _add(group: argparse._ActionsContainer, flag: str, key: str, part: Mapping[str, Any], default: Any) -> None:
+    options: dict[str, Any] = {
+        "dest": key,
+        "default": default,
+        "help": part.get("description", "").replace("%", "%%"),
+    }
+    if "enum" in part:
+        group.add_argument(flag, choices=part["enum"], **options)
+    elif _kind(part) == "boolean":
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+    elif _kind(part) == "array":
+        group.add_argument(flag, nargs="*", type=_PYTHON[_kind(part["items"])], **options)
+    elif _kind(part) != "object":
+        group.add_argument(flag, type=_PYTHON[_kind(part)], **options)
 
 
 def settings(arguments: argparse.Namespace, name: str) -> dict[str, Any]:

@@ -41,6 +41,12 @@ def section(name: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def method() -> dict[str, dict[str, Any]]:
+    """Settings of a method, by key: type, description."""
+    found: dict[str, dict[str, Any]] = schema()["properties"]["methods"]["additionalProperties"]["properties"]
+    return found
+
+
 def fill(value: Any, part: Mapping[str, Any]) -> Any:
     """``value`` with the defaults of schema ``part`` for the keys it lacks."""
     if not isinstance(value, dict) or "properties" not in part:

@@ -1,0 +1,25 @@
+"""What the commands leave beside the weights, and say of them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from mcsmoe.console import log
+
+GROUPS = "groups.parquet"
+"""Who led whom: beside the weights of every merged checkpoint."""
+
+
+def copy_groups(source: Path, out: Path) -> None:
+    """The groups of the checkpoint that was read belong to the one that was written too."""
+    with suppress(FileNotFoundError):
+        (out / GROUPS).write_bytes((source / GROUPS).read_bytes())
+
+
+def say_size(source: Path, out: Path, first: str = "") -> None:
+    """Say how large the written checkpoint is."""
+    before, after = (sum(file.stat().st_size for file in one.glob("*.safetensors")) for one in (source, out))
+    log.info(
+        "%s: %s%.1f MB of weights, from %.1f MB (%s)", out, first, after / 1e6, before / 1e6, f"{after / before:.1%}"
+    )
