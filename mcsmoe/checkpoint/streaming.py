@@ -161,6 +161,10 @@ class Streamed:
         """Own tensors of the model below the module path ``module``."""
         return [name for name in self.own_names() if name.startswith(f"{module}.")]
 
+    def stored_names(self, names: Iterable[str]) -> list[str]:
+        """Names in the files of all that the given tensors of the model are made of."""
+        return list(dict.fromkeys(stored for name in names for stored in self._units.get(name, ())))
+
     @contextmanager
     def layer(self, layer: LayerId) -> Iterator[None]:
         """The weights of ``layer`` are in memory inside the context, and gone after it."""
@@ -168,7 +172,7 @@ class Streamed:
         try:
             yield
         finally:
-            _forget(self.model.get_submodule(layer))
+            forget(self.model.get_submodule(layer))
 
     def experts(self, layer: LayerId) -> ExpertWeights:
         """The experts of ``layer``, read for the caller alone: what is in memory of the model stays as it is."""
@@ -212,7 +216,7 @@ class Streamed:
         for path, names in demanded.items():
             module = model.get_submodule(path)
             hooks.append(module.register_forward_pre_hook(lambda *_, names=names: self.load(names)))
-            hooks.append(module.register_forward_hook(lambda module, *_: _forget(module, deep=False)))
+            hooks.append(module.register_forward_hook(lambda module, *_: forget(module, deep=False)))
         fill_buffers(model, torch.device("cpu"))
         try:
             with torch.no_grad():
@@ -220,7 +224,7 @@ class Streamed:
         finally:
             for hook in hooks:
                 hook.remove()
-            _forget(model)
+            forget(model)
             model.tie_weights()
 
     # -- writing -------------------------------------------------------------------------------------------------
@@ -341,7 +345,7 @@ def place(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, attribute, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)
 
 
-def _forget(module: nn.Module, deep: bool = True) -> None:
+def forget(module: nn.Module, deep: bool = True) -> None:
     """Replace the stored tensors of ``module`` (and below) by empty ones; structure such as redirect tables stays."""
     for part in module.modules() if deep else [module]:
         for name, parameter in list(part.named_parameters(recurse=False)):

@@ -1,0 +1,130 @@
+"""The forward pass of a model cut at its blocks, with the model's own code between them.
+
+A block is a member of the module list that holds the sparse layers (of encoder and decoder). To run one block on a batch,
+the model's own forward is called: blocks whose turn is past return at once what they gave when it was their turn, the
+block itself computes, and the pass ends there. Masks, positions, sliding windows and cross-attention are so what the
+model makes of its inputs, for each block anew, and nothing needs to be known of what stands between the blocks; what that
+costs is the embedding and the masks once per block. It also lets a killed run go on anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from mcsmoe.types import Batch, LayerId
+
+Saved = Callable[[str], Any]
+"""By stack, what its last block gave for the batch that runs."""
+
+
+class _Halt(BaseException):
+    """Ends a forward pass; no ``Exception``, so that no model code takes it for its own."""
+
+
+def stacks_of(model: nn.Module, layers: list[LayerId]) -> dict[str, list[str]]:
+    """By module list, the paths of its blocks: every outermost list that holds one of ``layers``, and its namesakes.
+
+    Namesakes are lists beside them with the same last name: a dense encoder before a sparse decoder.
+
+    Raises:
+        ValueError: a layer is in no module list; names it.
+    """
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    holding: list[str] = []
+    for layer in layers:
+        parts = layer.split(".")
+        prefixes = [".".join(parts[:count]) for count in range(1, len(parts))]
+        found = next((prefix for prefix in prefixes if prefix in lists), None)
+        if found is None:
+            raise ValueError(f"layer {layer!r} is in no list of blocks, so the model cannot be run block by block")
+        if found not in holding:
+            holding.append(found)
+    names = {path.rpartition(".")[2] for path in holding}
+    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    chosen = [path for path in outermost if path in holding or path.rpartition(".")[2] in names]
+    return {path: [f"{path}.{name}" for name, _ in lists[path].named_children()] for path in chosen}
+
+
+@dataclass
+class Replay:
+    """Runs a model block by block; inside ``installed`` alone.
+
+    Attributes:
+        stacks: as ``stacks_of`` gives them.
+        order: paths of the blocks in the order of their calls, as far as it is known.
+    """
+
+    model: Any
+    stacks: Mapping[str, list[str]]
+    order: list[str] = field(default_factory=list)
+    _calls: int = 0
+    _stop: int | None = None
+    _entered: bool = False
+    _saved: Saved | None = None
+    _output: Any = None
+
+    def __post_init__(self) -> None:
+        self.stack_of = {block: stack for stack, blocks in self.stacks.items() for block in blocks}
+
+    @contextmanager
+    def installed(self) -> Iterator[Replay]:
+        """The blocks of the model do as this object says."""
+        blocks = {path: self.model.get_submodule(path) for path in self.stack_of}
+        for path, block in blocks.items():
+            block.forward = self._wrapped(path, block.forward)
+        try:
+            yield self
+        finally:
+            for block in blocks.values():
+                del block.forward
+
+    def _wrapped(self, path: str, usual: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            number = self._calls
+            self._calls += 1
+            if self._stop is None or number < self._stop:
+                assert self._saved is not None
+                return self._saved(self.stack_of[path])
+            if number == len(self.order):
+                self.order.append(path)
+            if self._entered:
+                raise _Halt
+            self._output = usual(*args, **kwargs)
+            raise _Halt
+
+        return forward
+
+    def next_block(self, number: int, inputs: Batch, saved: Saved) -> str | None:
+        """Path of the block that is called after ``number`` others; None where the model ends before."""
+        if number < len(self.order):
+            return self.order[number]
+        ended = self._run(number, inputs, saved, entered=True)
+        return None if ended is not None else self.order[number]
+
+    def block(self, number: int, inputs: Batch, saved: Saved) -> Any:
+        """What the block that is called after ``number`` others gives."""
+        ended = self._run(number, inputs, saved)
+        if ended is not None:
+            raise ValueError("the model calls fewer blocks for some batches than for others; it cannot be run by blocks")
+        output, self._output = self._output, None
+        return output
+
+    def rest(self, inputs: Batch, saved: Saved) -> Any:
+        """What the model returns after its last block."""
+        return self._run(None, inputs, saved)
+
+    @torch.no_grad()
+    def _run(self, stop: int | None, inputs: Batch, saved: Saved, entered: bool = False) -> Any:
+        self._calls, self._stop, self._saved, self._entered = 0, stop, saved, entered
+        try:
+            return self.model(**inputs, use_cache=False)
+        except _Halt:
+            return None
+        finally:
+            self._saved = None

@@ -1,0 +1,112 @@
+"""Which weights of a checkpoint are there: those of one block, and of what stands outside the blocks as it is called."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from mcsmoe.checkpoint.mapped import MappedFolder
+from mcsmoe.checkpoint.skeleton import fill_buffers
+from mcsmoe.checkpoint.streaming import Streamed, forget
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, where the C library can: it keeps what it may need again."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class Residency:
+    """The model of ``source`` with the weights of one block at a time, on ``device``.
+
+    Args:
+        source: its files are read as maps from here on.
+        blocks: paths of the blocks.
+    """
+
+    def __init__(self, source: Streamed, blocks: Iterable[str], device: torch.device) -> None:
+        self.source, self.device = source, device
+        self.files = MappedFolder(source.folder)
+        source.tensors = self.files
+        self.blocks = list(blocks)
+        self._below: dict[str, list[str]] = {block: [] for block in self.blocks}
+        self._outside: list[str] = []
+        for name in source.own_names():
+            block = self._block_of(name)
+            (self._outside if block is None else self._below[block]).append(name)
+        self._reader: threading.Thread | None = None
+
+    def _block_of(self, name: str) -> str | None:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:count]) for count in range(1, len(parts)))
+        return next((prefix for prefix in prefixes if prefix in self._below), None)
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        """The model; what stands outside the blocks is mapped, and goes to the device when it is first called."""
+        model = self.source.model
+        self.source.load(self._outside)
+        model.tie_weights()
+        fill_buffers(model, torch.device("cpu"))
+        hooks = [
+            module.register_forward_pre_hook(lambda module, _inputs: self._arrive(module))
+            for path, module in model.named_modules()
+            if self._block_of(f"{path}.") is None and path not in self._below
+        ]
+        try:
+            with torch.no_grad():
+                yield model
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.wait()
+            forget(model)
+            model.tie_weights()
+
+    def _arrive(self, module: nn.Module) -> None:
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            _require(tensor, name, module)
+            if tensor.device != self.device:
+                tensor.data = tensor.data.to(self.device)
+
+    def load(self, block: str) -> None:
+        """The weights of ``block``, on the device."""
+        self.wait()
+        self.source.load(self._below[block])
+        module = self.source.model.get_submodule(block)
+        for path, part in module.named_modules():
+            for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+                _require(tensor, f"{block}.{path}.{name}", part)
+        module.to(self.device)
+
+    def forget(self, block: str) -> None:
+        """Empty ``block``."""
+        forget(self.source.model.get_submodule(block))
+        give_back_memory()
+
+    def read_ahead(self, block: str | None) -> None:
+        """Let the system read the files of ``block`` while another one computes."""
+        if block is None:
+            return
+        self.wait()
+        names = [name for name in self.source.stored_names(self._below[block])]
+        self._reader = threading.Thread(target=self.files.read_ahead, args=(names,), daemon=True)
+        self._reader.start()
+
+    def wait(self) -> None:
+        """Until what is read ahead has been asked for."""
+        if self._reader is not None:
+            self._reader.join()
+            self._reader = None
+
+
+def _require(tensor: torch.Tensor, name: str, module: nn.Module) -> None:
+    """A product with a tensor without memory gives numbers all the same."""
+    if tensor.is_meta:
+        raise ValueError(f"tensor {name!r} of a {type(module).__name__} is called, but the checkpoint holds no such tensor")
