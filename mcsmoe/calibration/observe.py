@@ -105,8 +105,11 @@ def observing(layer: LayerId, block: nn.Module) -> Iterator[Observation]:
             made = Observation(layer, getattr(experts, Layout.of(experts).first).shape[0], 1.0, None)
             stack.enter_context(_replaced(experts, "forward", _stacked(experts, made)))
         else:
-            members = [(int(name.rpartition("_")[2]), child) for name, child in experts.named_children()
-                       if name.startswith("expert_")]
+            members = [
+                (int(name.rpartition("_")[2]), child)
+                for name, child in experts.named_children()
+                if name.startswith("expert_")
+            ]
             made = Observation(layer, len(members), 1 - getattr(experts, "moe_token_dropout", 0.0), None)
             for expert, child in members:
 

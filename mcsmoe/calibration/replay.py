@@ -68,6 +68,8 @@ class Replay:
     _entered: bool = False
     _saved: Saved | None = None
     _output: Any = None
+    _last: dict[str, int] = field(default_factory=dict)
+    _spoiled: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.stack_of = {block: stack for stack, blocks in self.stacks.items() for block in blocks}
@@ -89,8 +91,7 @@ class Replay:
             number = self._calls
             self._calls += 1
             if self._stop is None or number < self._stop:
-                assert self._saved is not None
-                return self._saved(self.stack_of[path])
+                return self._passed(self.stack_of[path], number)
             if number == len(self.order):
                 self.order.append(path)
             if self._entered:
@@ -99,6 +100,18 @@ class Replay:
             raise _Halt
 
         return forward
+
+    def _passed(self, stack: str, number: int) -> Any:
+        """What stands for a block whose turn is past: the last of its stack gives what is saved, and to it alone.
+
+        What earlier ones give is replaced before it is used; they share a copy that the model may spoil.
+        """
+        assert self._saved is not None
+        if number == self._last[stack]:
+            return self._saved(stack)
+        if stack not in self._spoiled:
+            self._spoiled[stack] = self._saved(stack)
+        return self._spoiled[stack]
 
     def next_block(self, number: int, inputs: Batch, saved: Saved) -> str | None:
         """Path of the block that is called after ``number`` others; None where the model ends before."""
@@ -111,7 +124,9 @@ class Replay:
         """What the block that is called after ``number`` others gives."""
         ended = self._run(number, inputs, saved)
         if ended is not None:
-            raise ValueError("the model calls fewer blocks for some batches than for others; it cannot be run by blocks")
+            raise ValueError(
+                "the model calls fewer blocks for some batches than for others; it cannot be run by blocks"
+            )
         output, self._output = self._output, None
         return output
 
@@ -122,9 +137,11 @@ class Replay:
     @torch.no_grad()
     def _run(self, stop: int | None, inputs: Batch, saved: Saved, entered: bool = False) -> Any:
         self._calls, self._stop, self._saved, self._entered = 0, stop, saved, entered
+        self._last = {self.stack_of[path]: number for number, path in enumerate(self.order[:stop])}
         try:
             return self.model(**inputs, use_cache=False)
         except _Halt:
             return None
         finally:
             self._saved = None
+            self._spoiled.clear()

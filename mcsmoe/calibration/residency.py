@@ -95,7 +95,7 @@ class Residency:
         if block is None:
             return
         self.wait()
-        names = [name for name in self.source.stored_names(self._below[block])]
+        names = self.source.stored_names(self._below[block])
         self._reader = threading.Thread(target=self.files.read_ahead, args=(names,), daemon=True)
         self._reader.start()
 
@@ -109,4 +109,6 @@ class Residency:
 def _require(tensor: torch.Tensor, name: str, module: nn.Module) -> None:
     """A product with a tensor without memory gives numbers all the same."""
     if tensor.is_meta:
-        raise ValueError(f"tensor {name!r} of a {type(module).__name__} is called, but the checkpoint holds no such tensor")
+        raise ValueError(
+            f"tensor {name!r} of a {type(module).__name__} is called, but the checkpoint holds no such tensor"
+        )

@@ -93,8 +93,8 @@ class States:
         handle = self._handle(self._turn)
         contiguous = tensor.cpu().contiguous()
         place = _Place(self._turn, self._end, TensorInfo.of(contiguous))
-        room = memoryview(contiguous.reshape(-1).view(torch.uint8).numpy()) if contiguous.numel() else memoryview(b"")
-        at = place.start
+        flat: Any = contiguous.reshape(-1).view(torch.uint8).numpy() if contiguous.numel() else b""
+        room, at = memoryview(flat), place.start
         while room:
             done = os.pwrite(handle, room[: 2**30], at)
             at, room = at + done, room[done:]

@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 
 from mcsmoe import methods
+from mcsmoe.artefacts.tables import read_table
 from mcsmoe.report.page import ReportInputs
 from mcsmoe.results.summary import Run
-from mcsmoe.artefacts.tables import read_table
 
 _STAGES = {
     "full": "finetune",

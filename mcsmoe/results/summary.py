@@ -60,8 +60,8 @@ def summarise(runs: Sequence[Run], resamples: int) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from mcsmoe.evaluate.confidence import paired
     from mcsmoe.artefacts.tables import SCHEMAS, read_table
+    from mcsmoe.evaluate.confidence import paired
 
     full = {(run.task, run.seed): run for run in runs if run.variant == FULL}
     rows = []
@@ -100,8 +100,8 @@ def summarise(runs: Sequence[Run], resamples: int) -> pd.DataFrame:
 
 def positive_of(run: Run) -> str:
     """The class that a two-way F1 counts, from the examples that were evaluated."""
-    from mcsmoe.evaluate.metrics import positive_answer
     from mcsmoe.artefacts.tables import read_table
+    from mcsmoe.evaluate.metrics import positive_answer
 
     examples = read_table(run.folder / "examples" / "validation.parquet", "examples")
     return positive_answer(examples["choices"].tolist())
