@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from mcsmoe import console
 from mcsmoe.workflow import options
@@ -39,6 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.calibration import text as cli_text
     from mcsmoe.calibration.files import save_tensors
     from mcsmoe.calibration.passes import collect_routing
+    from mcsmoe.calibration.rows import rows_of
     from mcsmoe.calibration.tables import routing_frame
     from mcsmoe.checkpoint.load import load_model, load_tokenizer
     from mcsmoe.data.collate import calibration_batches, tokenize
@@ -51,11 +51,12 @@ def main(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.model)
     rows = read_table(arguments.train, "examples")
     if is_causal(model):
-        records: list[Any] = rows[["input", "target"]].to_dict("records")
         batches = cli_text.batches(
-            *(records, tokenizer, False, arguments.samples, arguments.batch_size),
+            rows_of(rows[["input", "target"]].to_dict("records"), str(arguments.train)),
+            *(tokenizer, False, arguments.samples, arguments.batch_size),
             max_tokens=arguments.max_input + arguments.max_label,
             seed=arguments.seed,
+            vocabulary=cli_text.vocabulary_of(model),
         )
     else:
         with processes.main_first():

@@ -1,78 +1,83 @@
-"""Calibration text of the command line: lines, or rows with ``text``, with ``input`` and ``target``, or with tokens."""
+"""Calibration rows as tokens in padded batches, every id checked against the model's vocabulary."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from mcsmoe.calibration.rows import Row, read_rows
 from mcsmoe.train.losses import IGNORED
 
+__all__ = ["Batch", "Row", "batches", "needs_tokenizer", "read_rows", "vocabulary_of"]
+
+log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-_HELP = "one text a line (.txt), or rows with text, with input and target, or with input_ids (.jsonl, .parquet)"
+_TEMPLATE_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, ImportError)
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a calibration file, each with ``text``, with ``input`` and ``target``, or with ``input_ids``.
+def needs_tokenizer(rows: Sequence[Row]) -> bool:
+    """Whether some row is not token ids already."""
+    return any("input_ids" not in row.fields for row in rows)
 
-    Raises:
-        ValueError: missing, unreadable, of another kind, or without rows; names the file and the line.
-    """
-    if file.suffix not in SUFFIXES:
-        raise ValueError(f"{file}: calibration is {_HELP}")
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file")
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """How many tokens the model has embeddings for; None where it does not say."""
     try:
-        if file.suffix == ".txt":
-            rows: list[dict[str, Any]] = [{"text": line} for line in file.read_text().splitlines() if line.strip()]
-        elif file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-        else:
-            import pyarrow.parquet as pq
-
-            rows = pq.read_table(file).to_pylist()
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file}: not readable as {file.suffix[1:]} ({error})") from error
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, Mapping) or not ({"text", "input", "input_ids"} & set(row)):
-            found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-            raise ValueError(f"{file}: row {number} has {found}; {_HELP}")
-    if not rows:
-        raise ValueError(f"{file}: there are no rows in it")
-    return rows
+        weight = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return None if weight is None else int(weight.shape[0])
 
 
 def batches(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     tokenizer: Any,
     encoder_decoder: bool,
     samples: int,
     batch_size: int,
     max_tokens: int,
     seed: int,
+    vocabulary: int | None = None,
 ) -> list[Batch]:
     """Padded batches of ``samples`` rows at random, the longest first.
 
     A decoder-only model sees input and target as one text, all of it labelled. An encoder-decoder model sees the first
-    half of a plain text in its encoder and the second in its decoder.
+    half of a plain text in its encoder and the second in its decoder. Messages are written by the tokenizer's chat
+    template. Rows that give no tokens are left out, and counted in a line of the log.
+
+    Args:
+        max_tokens: most tokens of a row that are used, on each side of an encoder-decoder model.
+        vocabulary: how many embeddings the model has; None checks no token against it.
 
     Returns:
         input_ids, attention_mask [B, S] and labels [B, T] (-100 where padded), int64.
+
+    Raises:
+        ValueError: a token that the model has no embedding for, messages that the chat template refuses, or no tokens at
+            all; names the file and the row.
     """
+    if vocabulary is not None:
+        for row in rows:
+            for name in ("input_ids", "labels"):
+                _check_ids(row.fields.get(name, ()), vocabulary, f"{row.place}: field {name!r}")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()[:samples]
-    pairs = [_ids(rows[row], tokenizer, encoder_decoder, max_tokens) for row in order]
-    pairs = [pair for pair in pairs if pair[0] and pair[1]]
-    if not pairs:
-        raise ValueError("the calibration rows give no tokens; give longer texts")
-    pairs.sort(key=lambda pair: -len(pair[0]))
+    found = [_sides(rows[number], tokenizer, encoder_decoder, vocabulary) for number in order]
+    pairs = [_cut(*sides, encoder_decoder, max_tokens) for sides in found]
+    kept = [pair for pair in pairs if pair[0] and pair[1]]
+    if not kept:
+        raise ValueError(f"{rows[order[0]].place} and all others drawn give no tokens; give longer texts")
+    if len(kept) < len(pairs):
+        log.info("%d of %d calibration rows give no tokens and are left out", len(pairs) - len(kept), len(pairs))
+    kept.sort(key=lambda pair: -len(pair[0]))
     pad = getattr(tokenizer, "pad_token_id", None) or 0
-    return [_batch(pairs[start : start + batch_size], pad) for start in range(0, len(pairs), batch_size)]
+    # Padding is masked, but has to be embedded all the same.
+    pad = 0 if vocabulary is not None and pad >= vocabulary else pad
+    return [_batch(kept[start : start + batch_size], pad) for start in range(0, len(kept), batch_size)]
 
 
 def _batch(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
@@ -86,18 +91,8 @@ def _batch(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
     }
 
 
-def _ids(row: Mapping[str, Any], tokenizer: Any, encoder_decoder: bool, max_tokens: int) -> tuple[list[int], list[int]]:
-    if "input_ids" in row:
-        inputs = [int(token) for token in row["input_ids"]]
-        labels = [int(token) for token in row.get("labels") or []]
-    else:
-
-        def encode(text: str) -> list[int]:
-            found: list[int] = tokenizer(text, verbose=False)["input_ids"]
-            return found
-
-        inputs = encode(str(row.get("input", row.get("text"))))
-        labels = encode(str(row["target"])) if row.get("target") else []
+def _cut(inputs: list[int], labels: list[int], encoder_decoder: bool, max_tokens: int) -> tuple[list[int], list[int]]:
+    """What the two sides of the model are given."""
     if not encoder_decoder:
         inputs = (inputs + labels)[:max_tokens]
         return inputs, inputs
@@ -106,3 +101,66 @@ def _ids(row: Mapping[str, Any], tokenizer: Any, encoder_decoder: bool, max_toke
         half = (len(inputs) + 1) // 2
         inputs, labels = inputs[:half], inputs[half:]
     return inputs[:max_tokens], labels[:max_tokens]
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------
+def _sides(row: Row, tokenizer: Any, encoder_decoder: bool, vocabulary: int | None) -> tuple[list[int], list[int]]:
+    """Token ids of a row's input and of its target, if it has one."""
+    fields = row.fields
+    if "input_ids" in fields:
+        labels = [] if fields.get("repeated") and not encoder_decoder else fields["labels"]
+        if IGNORED in labels:
+            raise ValueError(
+                f"{row.place}: field 'labels' has {IGNORED} before its end; give the ids of the target alone"
+            )
+        return fields["input_ids"], labels
+
+    def encode(text: str, **how: Any) -> list[int]:
+        if not text.strip():
+            return []  # also where the tokenizer would add a special token
+        found: list[int] = tokenizer(text, verbose=False, **how)["input_ids"]
+        if vocabulary is not None:
+            _check_ids(found, vocabulary, f"{row.place}: its text", tokenizer)
+        return found
+
+    if "messages" in fields:
+        # The template writes the special tokens itself.
+        return encode(_chat(row, tokenizer), add_special_tokens=False) if fields["messages"] else [], []
+    if "prompt" in fields:
+        prompt, completion = fields["prompt"], fields["completion"]
+        if not encoder_decoder:
+            return encode(prompt + completion), []
+        return encode(prompt), encode(completion)
+    return encode(fields["text"] if "text" in fields else fields["input"]), encode(fields.get("target", ""))
+
+
+def _chat(row: Row, tokenizer: Any) -> str:
+    """The text of a row of messages.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or it does not take these messages; names the row.
+    """
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{row.place}: has messages, but the tokenizer has no chat template; give rows of text instead"
+        )
+    try:
+        found = tokenizer.apply_chat_template(
+            row.fields["messages"], tools=row.fields.get("tools"), tokenize=False, add_generation_prompt=False
+        )
+    except (TemplateError, RecursionError, *_TEMPLATE_ERRORS) as error:
+        raise ValueError(
+            f"{row.place}: the tokenizer's chat template does not take its messages ({' '.join(str(error).split())}); "
+            "correct the row"
+        ) from error
+    return str(found)
+
+
+def _check_ids(ids: Sequence[int], vocabulary: int, where: str, tokenizer: Any = None) -> None:
+    if ids and max(ids) >= vocabulary:
+        token = next(token for token in ids if token >= vocabulary)
+        named = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(token)!r})"
+        remedy = "correct the row" if tokenizer is None else "give the model the tokenizer it was trained with"
+        raise ValueError(f"{where} has token {token}{named}, and the model has {vocabulary} embeddings; {remedy}")

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mcsmoe.data.lines import shown
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_DEEPEST = 16
 SCALARS = ("string", "int32", "int64", "float32", "float64", "bool")
 
 
@@ -18,20 +21,24 @@ def as_columns(raw: Any, where: str) -> None:
         ValueError: not a mapping, or a type that is neither a scalar's name, a list of one type nor a mapping.
     """
     if not isinstance(raw, Mapping) or not raw:
-        raise ValueError(f"{where}: columns is {raw!r}, not a mapping of names to types; correct it")
+        raise ValueError(f"{where}: columns is {shown(raw)}, not a mapping of names to types; correct it")
     for name, kind in raw.items():
-        _check(kind, f"{where}: columns.{name}")
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: columns names {shown(name)}, which is not text; write it in quotes")
+        _check(kind, f"{where}: columns.{name}", _DEEPEST)
 
 
-def _check(kind: Any, where: str) -> None:
+def _check(kind: Any, where: str, deeper: int) -> None:
+    if not deeper:
+        raise ValueError(f"{where} is nested deeper than {_DEEPEST} levels; correct it")
     if isinstance(kind, Mapping) and kind:
         for name, inner in kind.items():
-            _check(inner, f"{where}.{name}")
+            _check(inner, f"{where}.{name}", deeper - 1)
     elif isinstance(kind, list) and len(kind) == 1:
-        _check(kind[0], f"{where}[]")
+        _check(kind[0], f"{where}[]", deeper - 1)
     elif kind not in SCALARS:
         raise ValueError(
-            f"{where} is {kind!r}; use one of {', '.join(SCALARS)}, a list of one type, or a mapping of names"
+            f"{where} is {shown(kind)}; use one of {', '.join(SCALARS)}, a list of one type, or a mapping of names"
         )
 
 
@@ -89,6 +96,8 @@ def check_schema(found: pa.Schema, columns: Mapping[str, Any], where: str, like:
         ValueError: a column is missing or has another type; names the column, both types and the data set to look like.
     """
     for name, kind in columns.items():
+        if found.names.count(name) > 1:
+            raise ValueError(f"{where}: there are two columns {name!r}; remove or rename one")
         if name not in found.names:
             raise ValueError(
                 f"{where}: column {name!r} is missing (there are {', '.join(found.names)}); rename or add it, as in {like}"
@@ -111,3 +120,16 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     return None if value != value else value  # NaN is the one value that differs from itself
+
+
+def null_inside(value: Any, kind: Any, where: str) -> str | None:
+    """Where a plain value of type ``kind`` holds a null in what the task declares; None where it does not."""
+    if value is None:
+        return where
+    if isinstance(kind, Mapping):
+        found = (null_inside(value.get(name), inner, f"{where}.{name}") for name, inner in kind.items())
+    elif isinstance(kind, list):
+        found = (null_inside(item, kind[0], f"{where}[{place}]") for place, item in enumerate(value))
+    else:
+        return None
+    return next((one for one in found if one is not None), None)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcsmoe.data.columns import arrow_schema, arrow_type, check_schema, is_nested
+from mcsmoe.data.lines import json_lines, kind_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,21 +63,43 @@ def check_file(path: Path, task: Task) -> None:
         if not rows:
             raise ValueError(f"data file {path} has no rows; give a file with rows")
         return
-    try:
-        with path.open(encoding="utf-8", newline="") as handle:
-            if path.suffix == ".csv":
-                names, more = next(csv.reader(handle)), handle.readline()
-            else:
-                first = json.loads(handle.readline())
-                names, more = list(first), "rows"
-    except (OSError, UnicodeDecodeError, ValueError, TypeError, StopIteration) as error:
-        raise ValueError(f"data file {path} is not readable as {path.suffix[1:]} ({error}); write it again") from error
-    _check_names(names, path, task)
+    names, more = _csv_header(path) if path.suffix == ".csv" else _json_header(path)
+    if names:
+        _check_names(names, path, task)
     if not more:
         raise ValueError(f"data file {path} has no rows; give a file with rows")
 
 
+def _json_header(path: Path) -> tuple[list[str], bool]:
+    """(fields of the first row, whether there is one)."""
+    try:
+        first = next(json_lines(path), None)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data file {path} is not readable as jsonl ({_without(path, error)}); write it again"
+        ) from error
+    return ([], False) if first is None else (list(first[1]), True)
+
+
+def _without(path: Path, error: Exception) -> str:
+    """The message in one line, and without the file that the sentence around it names."""
+    return " ".join(str(error).removeprefix(f"{path}: ").split())
+
+
+def _csv_header(path: Path) -> tuple[list[str], bool]:
+    """(names in the first row that is not blank, whether a row follows it)."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            rows = (row for row in csv.reader(handle) if row)
+            return next(rows, []), next(rows, None) is not None
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"data file {path} is not readable as csv ({error}); write it again") from error
+
+
 def _check_names(names: list[str], path: Path, task: Task) -> None:
+    twice = [name for name in task.columns if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path}: there are two columns {twice[0]!r}; remove or rename one")
     missing = [name for name in task.columns if name not in names]
     if missing:
         raise ValueError(
@@ -103,9 +125,9 @@ def read_rows(path: Path, task: Task) -> pd.DataFrame:
 
     try:
         table = _read(path, task)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, pa.ArrowKeyError, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise ValueError(
-            f"data file {path} does not hold the columns of task {task.name} ({str(error).strip()}); "
+            f"data file {path} does not hold the columns of task {task.name} ({_without(path, error)}); "
             f"correct it, as in {_like(task)}"
         ) from error
     if not table.num_rows:
@@ -126,14 +148,13 @@ def _read(path: Path, task: Task) -> Any:
     # The types are given, not guessed: text that looks like a date or a number stays text.
     schema = arrow_schema(task.columns)
     if path.suffix == ".jsonl":
-        import pyarrow.json as pj
-
-        options = pj.ParseOptions(explicit_schema=schema, newlines_in_values=False)
-        return pj.read_json(path, parse_options=options).select(names)
+        return _read_json(path, schema)
     import pyarrow.csv as pc
 
     return pc.read_csv(
         path,
+        # A row has to fit into a block.
+        read_options=pc.ReadOptions(block_size=min(path.stat().st_size + 1, 2**31 - 1)),
         parse_options=pc.ParseOptions(newlines_in_values=True),
         convert_options=pc.ConvertOptions(
             include_columns=names,
@@ -141,3 +162,43 @@ def _read(path: Path, task: Task) -> Any:
             strings_can_be_null=False,
         ),
     )
+
+
+def _read_json(path: Path, schema: pa.Schema) -> pa.Table:
+    """The columns of ``schema`` and no others, which may hold what they like."""
+    import pyarrow as pa
+
+    numbers: list[int] = []
+    values: dict[str, list[Any]] = {name: [] for name in schema.names}
+    for number, row in json_lines(path):
+        numbers.append(number)
+        for name, column in values.items():
+            column.append(row.get(name))
+    return pa.table([_column(path, field, values[field.name], numbers) for field in schema], schema=schema)
+
+
+def _column(path: Path, field: pa.Field, values: list[Any], numbers: list[int]) -> pa.Array:
+    """The values as an array of the column's type.
+
+    Raises:
+        ValueError: one that is of another; names its line.
+    """
+    import pyarrow as pa
+
+    def array(some: list[Any]) -> pa.Array:
+        if pa.types.is_integer(field.type) and any(isinstance(value, bool) for value in some):
+            raise pa.ArrowInvalid("not an integer")
+        return pa.array(some, field.type)
+
+    try:
+        return array(values)
+    except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):
+        for value, number in zip(values, numbers, strict=True):
+            try:
+                array([value])
+            except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}: line {number}: column {field.name!r} is {kind_of(value)} and no {field.type} "
+                    f"({' '.join(str(error).split())[:200]})"
+                ) from error
+        raise

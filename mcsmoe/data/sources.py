@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcsmoe.data.files import check_file, read_rows, suffixes
+from mcsmoe.data.lines import lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -251,8 +252,8 @@ def corpus(source: Source, seed: int) -> Iterator[str]:
 
 def _lines(path: Path, column: str) -> Iterator[str | None]:
     if path.suffix == ".txt":
-        with path.open(encoding="utf-8") as handle:
-            yield from handle
+        for _, text in lines(path):
+            yield text
         return
     import pyarrow.parquet as pq
 

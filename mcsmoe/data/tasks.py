@@ -6,224 +6,27 @@ Adding a task is adding a file, to the folder ``tasks`` beside this module or an
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import fields
 from difflib import get_close_matches
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mcsmoe.data import templates
-from mcsmoe.data.columns import as_columns, plain
+from mcsmoe.data.columns import as_columns
+from mcsmoe.data.lines import shown
+from mcsmoe.data.task import Hub, Published, Task
 
-if TYPE_CHECKING:
-    import pandas as pd
+__all__ = ["FOLDER", "METRICS", "PROTOCOLS", "Hub", "Published", "Task", "known_tasks", "load_task"]
 
 FOLDER = Path(__file__).with_name("tasks")
 PROTOCOLS = ("rank", "generate")
 METRICS = ("accuracy", "f1", "macro_f1", "f1a", "f1m", "exact_match", "token_f1", "hotpot_f1")
 """Names a task file may list; ``mcsmoe.evaluate.metrics`` computes them. The first one listed is the main metric."""
 
-_HIDDEN = ("-1", "", "None", "nan")  # how data sets write a test label that is kept secret
 _REQUIRED = ("name", "description", "columns", "prompt", "protocol", "metrics")
 _OPTIONAL = ("hub", "idx", "group", "choices", "label", "label_values", "references", "compat_prompt", "published")
+_LONGEST = 1_000_000  # bytes of a task file
 
 
-@dataclass(frozen=True)
-class Hub:
-    """A parquet data set on the hub, pinned to a commit."""
-
-    repository: str
-    config: str | None
-    revision: str
-    train: str = "train"
-    validation: str = "validation"
-
-
-@dataclass(frozen=True)
-class Published:
-    """Hyper-parameters the paper chose for the task; None where it did not train on it."""
-
-    batch_size: int | None = None
-    learning_rate: float | None = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task. Templates are Jinja over the columns of a row; expressions are Jinja expressions over the same names.
-
-    Attributes:
-        columns: name -> type: a scalar type name, a list of one type, or a mapping for a struct.
-        prompt: template of the model's input.
-        choices: fixed answers, or an expression that gives a row's list of answers; empty where the model generates.
-        label: column that tells the right choice; None where the model generates.
-        label_values: what that column holds for each choice in order: a list, an expression, or None for 0, 1, ...
-        references: expression that gives all accepted answers, the first being the target; None for ranked tasks.
-        idx: template of the identifier; None numbers the rows.
-        group: template of what a grouped metric averages over; None for no groups.
-        protocol: ``rank`` or ``generate``.
-        metrics: the main metric first.
-        compat_prompt: template in place of ``prompt`` under the ``paper_compat`` protocol; None for the same.
-        file: the task's own file.
-    """
-
-    name: str
-    description: str
-    columns: Mapping[str, Any]
-    prompt: str
-    protocol: str
-    metrics: tuple[str, ...]
-    file: Path
-    hub: Hub | None = None
-    choices: tuple[str, ...] | str = ()
-    label: str | None = None
-    label_values: tuple[str, ...] | str | None = None
-    references: str | None = None
-    idx: str | None = None
-    group: str | None = None
-    compat_prompt: str | None = None
-    published: Published = Published()
-
-    @property
-    def metric(self) -> str:
-        """The main metric."""
-        return self.metrics[0]
-
-    def asked(self, protocol: str) -> str:
-        """The protocol to use where the configuration asks for ``protocol``: ``auto`` is the task's own."""
-        return self.protocol if protocol == "auto" else protocol
-
-    # -- rows to examples ----------------------------------------------------------------------------------------
-    def examples(
-        self, frame: pd.DataFrame, split: str, file: str | Path | None = None, compat: bool = False
-    ) -> pd.DataFrame:
-        """Rows of the data set as the table ``examples``.
-
-        Args:
-            split: ``train`` or ``validation``, for messages.
-            file: where the rows come from, for messages.
-            compat: use ``compat_prompt``.
-
-        Raises:
-            ValueError: no rows, a missing column or value, a hidden label, an answer that is not among the choices, an
-                identifier that occurs twice; names the file, the row (from 0), the value and the remedy.
-        """
-        import pandas as pd
-
-        where = f"{self.name}, split {split}" + (f", {file}" if file is not None else "")
-        self._check_frame(frame, where)
-        prompt = self._templates["compat_prompt" if compat and self.compat_prompt else "prompt"]
-        rows: list[dict[str, Any]] = []
-        names = list(self.columns)
-        for number, values in enumerate(zip(*(frame[name].tolist() for name in names), strict=True)):
-            row = {name: plain(value) for name, value in zip(names, values, strict=True)}
-            place = f"{where}, row {number}"
-            for name, value in row.items():
-                if value is None and name != self.label:
-                    raise ValueError(f"{place}: column {name!r} is empty; complete the row or leave it out")
-            rows.append(self._example(row, number, prompt, place))
-        made = pd.DataFrame(rows)
-        self._check_unique(made["idx"].tolist(), where)
-        return made
-
-    def row_prompt(self) -> Callable[[Mapping[str, Any]], str]:
-        """A function from a row, as a mapping, to its prompt."""
-        return self._templates["prompt"]
-
-    def groups(self, frame: pd.DataFrame) -> list[str]:
-        """The group of every row, by which rows must stay together; the row's number where the task has no groups."""
-        if self.group is None:
-            return [str(number) for number in range(len(frame))]
-        template, names = self._templates["group"], list(self.columns)
-        values = zip(*(frame[name].tolist() for name in names), strict=True)
-        return [template({n: plain(v) for n, v in zip(names, row, strict=True)}) for row in values]
-
-    def _check_frame(self, frame: pd.DataFrame, where: str) -> None:
-        missing = [name for name in self.columns if name not in frame.columns]
-        if missing:
-            raise ValueError(
-                f"{where}: column {missing[0]!r} is missing (there are {', '.join(map(str, frame.columns))}); "
-                f"rename or add it, as in {self.hub.repository if self.hub else self.file}"
-            )
-        if not len(frame):
-            raise ValueError(f"{where}: the split has no rows; give a file with rows")
-
-    def _example(self, row: dict[str, Any], number: int, prompt: templates.Template, place: str) -> dict[str, Any]:
-        choices, label, references = [], -1, []
-        if self.protocol == "rank":
-            choices = self._choices(row, place)
-            label = self._label(row, choices, place)
-            target = choices[label]
-            references = [target]
-        else:
-            references = self._list("references", row, place)
-            target = references[0]
-        return {
-            "idx": self._templates["idx"](row) if self.idx is not None else str(number),
-            "input": prompt(row),
-            "target": target,
-            "choices": choices,
-            "label": label,
-            "references": references,
-            "group": self._templates["group"](row) if self.group is not None else "",
-        }
-
-    def _choices(self, row: dict[str, Any], place: str) -> list[str]:
-        if isinstance(self.choices, tuple):
-            return list(self.choices)
-        return self._list("choices", row, place)
-
-    def _list(self, field: str, row: dict[str, Any], place: str) -> list[str]:
-        found = self._templates[field](row)
-        texts = [templates.squeeze(str(item)) for item in found] if isinstance(found, (list, tuple)) else []
-        if not texts or not all(texts):
-            raise ValueError(f"{place}: {field} gives {found!r}, not a list of texts; complete the row or leave it out")
-        return texts
-
-    def _label(self, row: dict[str, Any], choices: list[str], place: str) -> int:
-        value = row[str(self.label)]
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if str(value) in _HIDDEN:
-            raise ValueError(
-                f"{place}: {self.label} is {value!r}, which marks a hidden test label; use a split whose labels are public"
-            )
-        if self.label_values is None:
-            known = [str(number) for number in range(len(choices))]
-        elif isinstance(self.label_values, tuple):
-            known = list(self.label_values)
-        else:
-            known = self._list("label_values", row, place)
-        if str(value) not in known[: len(choices)]:
-            raise ValueError(
-                f"{place}: {self.label} is {value!r}, which is not among the choices "
-                f"({', '.join(f'{k}: {c}' for k, c in zip(known, choices, strict=False))}); correct the row or the task file"
-            )
-        return known.index(str(value))
-
-    @staticmethod
-    def _check_unique(values: list[str], where: str) -> None:
-        seen: dict[Hashable, int] = {}
-        for number, value in enumerate(values):
-            if value in seen:
-                raise ValueError(
-                    f"{where}: rows {seen[value]} and {number} have the same identifier {value!r}; remove one of them"
-                )
-            seen[value] = number
-
-    @cached_property
-    def _templates(self) -> dict[str, Callable[[Mapping[str, Any]], Any]]:
-        """Compiled once; a field that is absent has no entry."""
-        made: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
-        for field in ("prompt", "compat_prompt", "idx", "group"):
-            if (text := getattr(self, field)) is not None:
-                made[field] = templates.template(text, self.columns, f"{self.file}: {field}")
-        for field in ("choices", "label_values", "references"):
-            if isinstance(text := getattr(self, field), str):
-                made[field] = templates.expression(text, self.columns, f"{self.file}: {field}")
-        return made
-
-
-# -- task files --------------------------------------------------------------------------------------------------
 def _key(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
@@ -259,14 +62,9 @@ def load_task(name_or_path: str | Path) -> Task:
 
 
 def _read(path: Path) -> Task:
-    import yaml
-
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"task file {path} is not readable YAML ({error}); correct it") from error
+    raw = _yaml(path)
     if not isinstance(raw, dict):
-        raise ValueError(f"task file {path} is {raw!r}, not a mapping of fields; see {FOLDER} for examples")
+        raise ValueError(f"task file {path} is {shown(raw)}, not a mapping of fields; see {FOLDER} for examples")
     where = f"task file {path}"
     unknown = sorted(set(map(str, raw)) - {*_REQUIRED, *_OPTIONAL})
     if unknown:
@@ -278,12 +76,12 @@ def _read(path: Path) -> Task:
         raise ValueError(f"{where}: field {missing[0]!r} is missing; add it")
     for field in ("name", "description", "prompt", "protocol", "idx", "group", "label", "references", "compat_prompt"):
         if raw.get(field) is not None and not isinstance(raw[field], str):
-            raise ValueError(f"{where}: {field} is {raw[field]!r}, which is not text; write it in quotes")
+            raise ValueError(f"{where}: {field} is {shown(raw[field])}, which is not text; write it in quotes")
     if "/" in raw["name"]:
         raise ValueError(f"{where}: name is {raw['name']!r}, which names a folder of results and may hold no '/'")
     _one_of(raw["protocol"], PROTOCOLS, f"{where}: protocol")
     if not isinstance(raw["metrics"], list):
-        raise ValueError(f"{where}: metrics is {raw['metrics']!r}, not a list; write the main metric first")
+        raise ValueError(f"{where}: metrics is {shown(raw['metrics'])}, not a list; write the main metric first")
     for metric in raw["metrics"]:
         _one_of(metric, METRICS, f"{where}: metrics")
     as_columns(raw["columns"], where)
@@ -298,14 +96,18 @@ def _read(path: Path) -> Task:
         protocol=raw["protocol"],
         metrics=tuple(raw["metrics"]),
         file=path,
-        hub=_record(Hub, raw.get("hub"), f"{where}: hub") if raw.get("hub") is not None else None,
+        hub=_record(Hub, raw.get("hub"), f"{where}: hub", (str,)) if raw.get("hub") is not None else None,
         choices=_answers(raw.get("choices"), f"{where}: choices") or (),
-        label_values=_answers(raw.get("label_values"), f"{where}: label_values"),
-        published=_record(Published, raw.get("published") or {}, f"{where}: published"),
+        label_values=_answers(raw.get("label_values"), f"{where}: label_values", _is_bool(raw)),
+        published=_record(Published, raw.get("published") or {}, f"{where}: published", (int, float)),
         **texts,
     )
     _check_answers(task, where)
     return task
+
+
+def _is_bool(raw: Mapping[str, Any]) -> bool:
+    return raw["columns"].get(raw.get("label")) == "bool"
 
 
 def _check_answers(task: Task, where: str) -> None:
@@ -319,28 +121,79 @@ def _check_answers(task: Task, where: str) -> None:
             )
         if isinstance(task.choices, tuple) and len(set(task.choices)) < len(task.choices):
             raise ValueError(f"{where}: choices is {list(task.choices)}, which names one twice; make them differ")
+        if isinstance(task.label_values, tuple):
+            if len(set(task.label_values)) < len(task.label_values):
+                raise ValueError(
+                    f"{where}: label_values is {list(task.label_values)}, which names one twice; correct it"
+                )
+            if isinstance(task.choices, tuple) and len(task.choices) != len(task.label_values):
+                raise ValueError(
+                    f"{where}: choices has {len(task.choices)} entries and label_values {len(task.label_values)}; "
+                    "give one value for each choice"
+                )
     elif task.references is None:
         raise ValueError(f"{where}: protocol is 'generate', which needs references; add the expression")
     _ = task._templates
 
 
-def _answers(value: Any, where: str) -> tuple[str, ...] | str | None:
+def _answers(value: Any, where: str, booleans: bool = False) -> tuple[str, ...] | str | None:
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, list) and any(isinstance(item, bool) for item in value) and not booleans:
+        raise ValueError(
+            f"{where} is {shown(value)}: YAML reads yes, no, on and off as true and false; write it in quotes"
+        )
     if isinstance(value, list) and all(isinstance(item, (str, int)) for item in value):
         return tuple(str(item) for item in value)
-    raise ValueError(f"{where} is {value!r}, neither a list of texts nor an expression over columns; correct it")
+    raise ValueError(f"{where} is {shown(value)}, neither a list of texts nor an expression over columns; correct it")
 
 
 def _one_of(value: Any, known: Iterable[str], where: str) -> None:
     if value not in known:
-        raise ValueError(f"{where} is {value!r}; use one of {', '.join(known)}")
+        raise ValueError(f"{where} is {shown(value)}; use one of {', '.join(known)}")
 
 
-def _record(kind: Callable[..., Any], raw: Any, where: str) -> Any:
+def _record(kind: Callable[..., Any], raw: Any, where: str, holds: tuple[type, ...]) -> Any:
+    """A record of optional fields, each of one of the types ``holds``."""
     if not isinstance(raw, dict):
-        raise ValueError(f"{where} is {raw!r}, not a mapping of fields; correct it")
+        raise ValueError(f"{where} is {shown(raw)}, not a mapping of fields; correct it")
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for name, value in raw.items():
+        if name not in known:
+            raise ValueError(f"{where}.{shown(name)} is not a known field; known are {', '.join(known)}")
+        if value is not None and (type(value) not in holds or (not isinstance(value, str) and not value > 0)):
+            wanted = "a text" if str in holds else "a number above 0"
+            raise ValueError(f"{where}.{name} is {shown(value)}, not {wanted}; correct it")
     try:
         return kind(**raw)
     except TypeError as error:
-        raise ValueError(f"{where} is {raw!r}, with a field missing or unknown ({error}); correct it") from error
+        raise ValueError(f"{where} is {shown(raw)}, with a field missing ({error}); add it") from error
+
+
+# -- YAML --------------------------------------------------------------------------------------------------------
+def _yaml(path: Path) -> Any:
+    """What a YAML file holds; UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: unreadable, too large for a task, or a field that stands there twice; names the file.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a field that is given twice, of which the last would win without a word."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+            names = [self.construct_object(key, deep=True) for key, _ in getattr(node, "value", [])]
+            twice = next((name for name in names if names.count(name) > 1 and name != "<<"), None)
+            if twice is not None:
+                raise ValueError(f"field {shown(twice)} stands there twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        if path.stat().st_size > _LONGEST:
+            raise ValueError(f"it has {path.stat().st_size} bytes, more than {_LONGEST}")
+        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader)  # a SafeLoader
+    except (OSError, ValueError, RecursionError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"task file {path} is not readable YAML ({' '.join(str(error).split())[:400]}); correct it"
+        ) from error
