@@ -17,7 +17,7 @@ from mcsmoe.types import ExpertWeights, LayerId
 def batches(source: Streamed, arguments: argparse.Namespace) -> list[text.Batch]:
     """Batches of the text that ``--calibration`` names."""
     rows = text.read_rows(arguments.calibration)
-    tokenizer = None if all("input_ids" in row for row in rows) else load_tokenizer(source.folder)
+    tokenizer = load_tokenizer(source.folder) if text.needs_tokenizer(rows) else None
     return text.batches(
         rows,
         tokenizer,
@@ -26,6 +26,7 @@ def batches(source: Streamed, arguments: argparse.Namespace) -> list[text.Batch]
         batch_size=arguments.batch_size,
         max_tokens=arguments.max_tokens,
         seed=arguments.seed,
+        vocabulary=text.vocabulary_of(source.model),
     )
 
 

@@ -20,7 +20,8 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="text: a line each (.txt), or rows with text, or input and target, or input_ids (.jsonl, .parquet)",
+        help="text: a line each (.txt), or rows with text, messages, prompt and completion, input and target, or "
+        "input_ids (.jsonl, .parquet)",
     )
     group.add_argument("--samples", type=int, default=256, help="rows drawn from the file")
     group.add_argument("--batch-size", type=int, default=32, help="rows per forward pass")
