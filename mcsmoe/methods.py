@@ -13,30 +13,87 @@ from typing import Any
 FULL = "full"
 DENSE = "dense"
 
-SIMILARITIES = (
-    *("router-logits", "router-weight", "weight", "feature", "feature.abs", "weight-feature", "router-weight-feature"),
-    *("gradient", "weight-gradient", "mse", "feature-correlation.lsa", "feature-correlation.max", "expert-output"),
-    "random",
-)
-"""Names of the similarity bases (``mcsmoe.similarity.BASES``)."""
+
+@dataclass(frozen=True)
+class Similarity:
+    """What a similarity base reads of a layer (``mcsmoe.similarity.BASES`` has what it computes)."""
+
+    needs: frozenset[str]
+    """Of ``statistics``, ``weights``, ``router``, ``gradients`` and ``tokens``."""
+
+
+def _similarity(*needs: str) -> Similarity:
+    return Similarity(frozenset(needs))
+
+
+SIMILARITIES: dict[str, Similarity] = {
+    "router-logits": _similarity("statistics"),
+    "router-weight": _similarity("router"),
+    "weight": _similarity("weights"),
+    "feature": _similarity("statistics"),
+    "feature.abs": _similarity("statistics"),
+    "weight-feature": _similarity("statistics", "weights"),
+    "router-weight-feature": _similarity("statistics", "router"),
+    "gradient": _similarity("gradients"),
+    "weight-gradient": _similarity("weights", "gradients"),
+    "mse": _similarity("tokens", "statistics", "weights"),
+    "feature-correlation.lsa": _similarity("tokens", "statistics", "weights"),
+    "feature-correlation.max": _similarity("tokens", "statistics", "weights"),
+    "expert-output": _similarity("tokens", "statistics", "weights"),
+    "random": _similarity(),
+}
+"""Similarity bases by name."""
 
 GROUPINGS = ("dominant", "spectral", "hierarchical", "random")
 """Names of the grouping methods (``mcsmoe.grouping.METHODS``)."""
 
-MERGES = (
-    *("frequency", "uniform", "fisher", "reversed", "random", "prune", "drop", "reap"),
-    *("git-rebasin", "repair", "zipit", "zipit-weight"),
-)
-"""Names of the merge methods (``mcsmoe.merge.METHODS``)."""
 
-CHOICES = {"similarity": SIMILARITIES, "grouping": GROUPINGS, "merge": MERGES}
+@dataclass(frozen=True)
+class Merge:
+    """What a merge method is, apart from what it computes (``mcsmoe.merge.METHODS`` has that)."""
+
+    needs: frozenset[str] = frozenset()
+    """Beside routing statistics, of ``fisher`` (information of each weight), ``saliency`` and ``tokens`` of each expert."""
+    weighting: str = "frequency"
+    """How whole experts weigh in their group: a name of ``mcsmoe.grouping.weighting.WEIGHTINGS``."""
+    importance: str = "frequency"
+    """What the experts to keep are chosen by, ``frequency`` or ``saliency``."""
+    drops: bool = False
+    """Whether the router never chooses a merged expert again."""
+    budget: str = "adaptive"
+    """How the experts to keep are spread over the layers where a method does not say."""
+
+
+_TOKENS = frozenset({"tokens"})
+MERGES: dict[str, Merge] = {
+    "frequency": Merge(),
+    "uniform": Merge(weighting="uniform"),
+    "fisher": Merge(needs=frozenset({"fisher"})),
+    "reversed": Merge(weighting="reversed"),
+    "random": Merge(weighting="random"),
+    "prune": Merge(weighting="leader"),
+    "drop": Merge(weighting="leader", drops=True),
+    "reap": Merge(
+        needs=frozenset({"saliency"}), weighting="leader", importance="saliency", drops=True, budget="uniform"
+    ),
+    "git-rebasin": Merge(weighting="uniform"),
+    "repair": Merge(needs=_TOKENS, weighting="uniform"),
+    "zipit": Merge(needs=_TOKENS, weighting="uniform"),
+    "zipit-weight": Merge(weighting="uniform"),
+}
+"""Merge methods by name."""
+
+CHOICES = {"similarity": tuple(SIMILARITIES), "grouping": GROUPINGS, "merge": tuple(MERGES)}
 """By field of a method, the names it takes, where the schema has no list of them."""
 
 TASK_SPECIFIC = "task-specific"
 """In place of a merge method: experts are pruned while the base model is fine-tuned, not merged afterwards."""
 
-NEED_GRADIENTS = ("gradient", "weight-gradient")
-"""Similarity bases that need a backward pass over the calibration examples."""
+BACKWARD = frozenset({"gradients", "fisher"})
+"""Needs that take a backward pass over the calibration examples."""
+
+DECOMPOSITIONS: dict[str, frozenset[str]] = {"svd": frozenset(), "whitened": frozenset({"input-gram"})}
+"""Ways to split experts into low-rank factors, each with what it needs."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +117,17 @@ class Method:
     dense: bool = False
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What calibration must collect for it."""
+        needs = DECOMPOSITIONS[self.decomposition]
+        if self.merge in MERGES:
+            needs |= MERGES[self.merge].needs | SIMILARITIES[self.similarity].needs
+        return needs
+
+    @property
     def needs_gradients(self) -> bool:
         """Whether gradients (or their squares, the Fisher information) must be collected for it."""
-        merges = self.merge not in (None, TASK_SPECIFIC)
-        return self.merge == "fisher" or (merges and self.similarity in NEED_GRADIENTS)
+        return bool(self.needs & BACKWARD)
 
 
 def _builtin() -> dict[str, Method]:
@@ -82,7 +146,13 @@ def _builtin() -> dict[str, Method]:
         replace(plain, name="averaging", description="the same groups, averaged evenly, not aligned", merge="uniform"),
         replace(plain, name="pruning", description="the dominant expert of each group answers for all", merge="prune"),
         replace(plain, name="dropping", description="the router never chooses any but dominant experts", merge="drop"),
-        replace(plain, name="reap", description="REAP: keeps the experts with the largest saliency", merge="reap"),
+        replace(
+            plain,
+            name="reap",
+            description="REAP: keeps the experts with the largest saliency",
+            merge="reap",
+            budget=MERGES["reap"].budget,
+        ),
         replace(msmoe, name="fisher", description="aligned, averaged by diagonal Fisher information", merge="fisher"),
         replace(plain, name="git-rebasin", description="Git Re-Basin: aligned in its group", merge="git-rebasin"),
         replace(plain, name="repair", description="REPAIR: Git Re-Basin with rescaled activations", merge="repair"),
@@ -136,6 +206,8 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Method]:
         if base is not None:
             require_known(f"methods.{name}.base", base, known)
         start = known[base] if base else Method(name)
+        if base is None and settings.get("merge") in MERGES:
+            settings = {"budget": MERGES[settings["merge"]].budget, **settings}
         known[name] = replace(start, **{"name": name, **settings})
     for name, method in known.items():
         field = f"methods.{name}"

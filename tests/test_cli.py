@@ -25,6 +25,7 @@ from mcsmoe.checkpoint.save import save_model
 from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.cli import main as cli
 from mcsmoe.grouping import plan
+from mcsmoe.methods import MERGES
 from mcsmoe.transform.align import align_layer
 from mcsmoe.transform.group import importance, layer_similarity
 from mcsmoe.transform.merge import merge_layer
@@ -128,7 +129,7 @@ def test_merging_gives_what_the_stages_give_in_memory(options: tuple[str, ...], 
         similarity,
         3,
         method=given.get("--grouping", "dominant"),
-        budget=given.get("--budget", "adaptive"),
+        budget=given.get("--budget", MERGES[method].budget),
     )
     for layer, grouping in groupings.items():
         if grouping.num_groups < 6:

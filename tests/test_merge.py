@@ -10,8 +10,9 @@ from tiny_experts import LAYOUTS, activation, compute, difference, experts, orde
 from torch import Tensor
 
 from mcsmoe.align import align_by_tokens, align_by_weight, apply_permutation, preactivations
+from mcsmoe.grouping.weighting import shares
 from mcsmoe.merge import METHODS
-from mcsmoe.merge.base import MergeInputs, grouping_members, shares
+from mcsmoe.merge.base import MergeInputs, grouping_members
 from mcsmoe.merge.fisher import FisherMean
 from mcsmoe.types import ExpertWeights, Grouping
 

@@ -134,8 +134,8 @@ def test_token_bases_equal_one_computation_per_pair(
 # -- laws ----------------------------------------------------------------------------------------------------------
 def test_names_are_those_of_the_configuration() -> None:
     assert set(BASES) == set(SIMILARITIES)
-    assert all(base.description for base in BASES.values())
-    assert frozenset().union(*(base.needs for base in BASES.values())) == {
+    assert all(base.__doc__ for base in BASES.values())
+    assert frozenset().union(*(base.needs for base in SIMILARITIES.values())) == {
         *("statistics", "weights", "router", "gradients", "tokens"),
     }
 

@@ -38,7 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
     job = Job.of(arguments, "compress")
     settings = job.settings
     adapter = adapter_for(job.model)
-    statistics = load_statistics(arguments.routing) if arguments.decomposition == "whitened" else None
+    statistics = load_statistics(arguments.routing) if arguments.routing else None
     layers = chosen_layers(adapter.layers(job.model), arguments.exclude_layers)
     split_experts(job.model, adapter, settings["rank"], statistics, layers)
     freeze_routers(job.model, adapter)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mcsmoe import console
 from mcsmoe.workflow import options
+from mcsmoe.workflow.method_options import add_method
 
 EXAMPLE = (
     "python workflow_scripts/group.py --model permuted --permutation permutation.parquet "
@@ -21,8 +22,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--routing", type=Path, required=True, help="routing statistics")
     parser.add_argument("--gradients", type=Path, help="gradients, for the bases that compare them")
     parser.add_argument("--experts", type=int, required=True, help="experts to keep per layer, on average")
-    options.add_method(parser, ("similarity", "grouping", "budget", "linkage"))
-    options.add_method(parser, ("merge",), start="msmoe")
+    add_method(parser, ("similarity", "grouping", "budget", "linkage"))
+    add_method(parser, ("merge",), start="msmoe")
     parser.add_argument("--seed", type=int, default=0, help="of random and spectral grouping")
     parser.add_argument("--similarity-table", type=Path, required=True, help="written: similarities")
     parser.add_argument("--groups", type=Path, required=True, help="written: groups")

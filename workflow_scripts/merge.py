@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mcsmoe import console
 from mcsmoe.workflow import options
+from mcsmoe.workflow.method_options import add_method
 
 EXAMPLE = (
     "python workflow_scripts/merge.py --model permuted --permutation permutation.parquet --groups groups.parquet "
@@ -21,8 +22,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--groups", type=Path, required=True, help="groups")
     parser.add_argument("--routing", type=Path, required=True, help="routing statistics")
     parser.add_argument("--gradients", type=Path, help="Fisher information, for merging by it")
-    options.add_method(parser, ("merge",), start="msmoe")
-    options.add_method(parser, ("alignment",))
+    add_method(parser, ("merge",), start="msmoe")
+    add_method(parser, ("alignment",))
     parser.add_argument("--seed", type=int, default=0, help="of random weights")
     parser.add_argument("--out", type=Path, required=True, help="written: compact checkpoint folder")
     options.add_section(parser, "merge", only=("threads",))

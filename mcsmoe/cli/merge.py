@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcsmoe.cli import options
-from mcsmoe.workflow.options import add_method
+from mcsmoe.methods import BACKWARD, MERGES, SIMILARITIES
+from mcsmoe.workflow.method_options import add_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,31 +36,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_statistics(parser)
     group = parser.add_argument_group("method")
     add_method(group, ("similarity", "grouping", "budget", "alignment", "linkage", "capacity"), start="msmoe")
-    add_method(group, ("merge",), start="msmoe", flag="--method")
+    add_method(group, ("merge",), start="msmoe", name="method")
+    parser.set_defaults(budget=None)
     options.add_excluded(group)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Group and merge the experts of a stock checkpoint."""
     options.prepare(arguments)
+    arguments.budget = arguments.budget or MERGES[arguments.method].budget
     from mcsmoe.artefacts.tables import write_table
     from mcsmoe.calibration.evidence import Evidence
     from mcsmoe.checkpoint.streaming import Streamed
     from mcsmoe.cli._calibration import statistics
     from mcsmoe.cli._outputs import GROUPS, say_size
     from mcsmoe.console import progress
-    from mcsmoe.similarity import BASES
     from mcsmoe.transform.group import groups_frame
 
-    base = BASES[arguments.similarity]
-    if "gradients" in base.needs or arguments.method == "fisher":
-        what = arguments.method if arguments.method == "fisher" else arguments.similarity
-        raise ValueError(f"{what} needs gradients, which the workflow collects; here choose another")
+    for what, needs in (
+        (arguments.similarity, SIMILARITIES[arguments.similarity].needs),
+        (arguments.method, MERGES[arguments.method].needs),
+    ):
+        if needs & BACKWARD:
+            raise ValueError(f"{what} needs gradients, which the workflow collects; here choose another")
     source = Streamed(arguments.model)
     _check_experts(source, arguments)
-    found = statistics(source, arguments, saliency=arguments.method == "reap")
-    if arguments.method == "reap" and not all(bool(one.saliency_tokens_E.any()) for one in found.layers.values()):
-        raise ValueError("--method reap needs the experts' saliency, which --statistics has not; give --calibration")
+    saliency = "saliency" in MERGES[arguments.method].needs
+    found = statistics(source, arguments, saliency=saliency)
+    if saliency and not all(bool(one.saliency_tokens_E.any()) for one in found.layers.values()):
+        raise ValueError(
+            f"--method {arguments.method} needs the experts' saliency, which --statistics has not; give --calibration"
+        )
     merger = _Merger(source, arguments, Evidence(found, {}, {}))
     merger.group()
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
@@ -86,17 +93,17 @@ class _Merger:
     def group(self) -> None:
         from mcsmoe.console import progress
         from mcsmoe.grouping import plan
-        from mcsmoe.similarity import BASES
         from mcsmoe.transform.group import importance
 
-        source, arguments, base = self.source, self.arguments, BASES[self.arguments.similarity]
+        source, arguments = self.source, self.arguments
+        needs = SIMILARITIES[arguments.similarity].needs
         similarity: dict[LayerId, Tensor] = {}
         for layer in progress(source.layers, "similarity"):
-            if base.needs <= {"statistics"}:
+            if needs <= {"statistics"}:
                 similarity[layer] = self._similarity(layer)
                 continue
             with source.layer(layer):
-                if base.needs & {"weights", "tokens"}:
+                if needs & {"weights", "tokens"}:
                     self._align(layer)
                 similarity[layer] = self._similarity(layer)
         self.groupings = plan(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mcsmoe.merge import average, fisher, git_rebasin, prune, reap, repair, zipit
-from mcsmoe.merge.base import Merged, MergeInputs, shares
+from mcsmoe.merge.base import Merged, MergeInputs
 
-__all__ = ["METHODS", "MergeInputs", "MergeMethod", "Merged", "shares"]
+__all__ = ["METHODS", "MergeInputs", "MergeMethod", "Merged"]
 
 MergeMethod = Callable[[MergeInputs], Merged]
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from mcsmoe.merge.base import Merged, MergeInputs, shares, weighted_average
-from mcsmoe.types import LayerId
+from mcsmoe.grouping.weighting import WEIGHTINGS, shares
+from mcsmoe.merge.base import Merged, MergeInputs, weighted_average
 
 
 def average(inputs: MergeInputs, importance_E: Tensor) -> Merged:
@@ -16,28 +15,25 @@ def average(inputs: MergeInputs, importance_E: Tensor) -> Merged:
     return Merged(merged, inputs.grouping.expert_to_group.clone(), share_E, inputs.grouping.dominant.clone())
 
 
+def _weighed(inputs: MergeInputs, weighting: str) -> Merged:
+    return average(inputs, WEIGHTINGS[weighting](inputs.grouping, inputs.frequency_E, inputs.seed, inputs.layer))
+
+
 def frequency(inputs: MergeInputs) -> Merged:
     """W_g = sum(a_e W_e) / sum(a_e), a the share of tokens an expert gets (equation 2)."""
-    return average(inputs, inputs.frequency_E)
+    return _weighed(inputs, "frequency")
 
 
 def uniform(inputs: MergeInputs) -> Merged:
     """The plain mean of each group."""
-    return average(inputs, torch.ones_like(inputs.frequency_E))
+    return _weighed(inputs, "uniform")
 
 
 def reversed_frequency(inputs: MergeInputs) -> Merged:
     """Control: the less used, the more weight, a = 1 - frequency (ablation of the merging weights in the paper)."""
-    return average(inputs, 1.0 - inputs.frequency_E)
+    return _weighed(inputs, "reversed")
 
 
 def random(inputs: MergeInputs) -> Merged:
     """Control: weights drawn evenly from [0, 1) by ``inputs.seed`` and the layer's name."""
-    return average(inputs, random_importance(inputs.weights.num_experts, inputs.seed, inputs.layer))
-
-
-def random_importance(experts: int, seed: int, layer: LayerId) -> Tensor:
-    """[E] float64 in [0, 1), the same for the same seed and layer whatever else was drawn before."""
-    # hash() would differ between processes.
-    key = int.from_bytes(f"{seed} {layer}".encode(), "little") % (2**61 - 1)
-    return torch.rand(experts, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
+    return _weighed(inputs, "random")

@@ -99,19 +99,6 @@ class Merged:
         return Grouping(self.expert_to_group, self.dominant)
 
 
-def shares(grouping: Grouping, importance_E: Tensor) -> Tensor:
-    """[E] float64: importance of each expert over that of its group (equation 2), uniform where a group has none.
-
-    Sums to 1 in each group.
-    """
-    importance_E = importance_E.to(device="cpu", dtype=torch.float64)
-    table = grouping.expert_to_group.cpu()
-    total_G = torch.zeros(grouping.num_groups, dtype=torch.float64).index_add_(0, table, importance_E)
-    size_G = torch.bincount(table, minlength=grouping.num_groups).double()
-    total_E = total_G[table]
-    return torch.where(total_E > 0, importance_E / total_E, 1.0 / size_G[table])
-
-
 def grouping_members(grouping: Grouping) -> list[Tensor]:
     """For each group the int64 indices of its experts, ascending."""
     return [(grouping.expert_to_group == group).nonzero()[:, 0] for group in range(grouping.num_groups)]

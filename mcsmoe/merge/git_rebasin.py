@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mcsmoe.align import align_by_weight
-from mcsmoe.merge.base import Merged, MergeInputs, shares, weighted_average
+from mcsmoe.grouping.weighting import shares
+from mcsmoe.merge.base import Merged, MergeInputs, weighted_average
 from mcsmoe.types import Grouping
 
 

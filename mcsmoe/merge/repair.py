@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mcsmoe.align import Alignment, align_by_tokens, align_by_weight, preactivations
-from mcsmoe.merge.base import Merged, MergeInputs, grouping_members, shares, weighted_average
+from mcsmoe.grouping.weighting import shares
+from mcsmoe.merge.base import Merged, MergeInputs, grouping_members, weighted_average
 from mcsmoe.merge.git_rebasin import group_reference
 from mcsmoe.types import ExpertWeights, Grouping
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mcsmoe.align import correlation, hidden, require_finite
-from mcsmoe.merge.base import Merged, MergeInputs, grouping_members, shares
+from mcsmoe.grouping.weighting import shares
+from mcsmoe.merge.base import Merged, MergeInputs, grouping_members
 from mcsmoe.types import ExpertWeights, Role
 
 ALPHA = 0.1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mcsmoe.methods import SIMILARITIES
 from mcsmoe.similarity.base import Base, SimilarityInputs, finish
 from mcsmoe.similarity.tokens import TOKEN_BASES
 from mcsmoe.similarity.vectors import VECTOR_BASES
@@ -16,6 +17,7 @@ from mcsmoe.similarity.vectors import VECTOR_BASES
 __all__ = ["BASES", "Base", "SimilarityInputs", "similarity"]
 
 BASES: dict[str, Base] = VECTOR_BASES | TOKEN_BASES
+"""By name, what each computes; what it needs stands in ``mcsmoe.methods.SIMILARITIES``."""
 
 
 def similarity(base: str, inputs: SimilarityInputs) -> Tensor:
@@ -27,9 +29,8 @@ def similarity(base: str, inputs: SimilarityInputs) -> Tensor:
     """
     if base not in BASES:
         raise ValueError(f"similarity base {base!r} is not known; known are {', '.join(BASES)}")
-    chosen = BASES[base]
-    inputs.check(base, chosen.needs)
-    made_EE = finish(chosen.compute(inputs))
+    inputs.check(base, SIMILARITIES[base].needs)
+    made_EE = finish(BASES[base](inputs))
     bad = (~torch.isfinite(made_EE)).nonzero()
     if len(bad):
         first, second = bad[0].tolist()

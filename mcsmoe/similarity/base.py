@@ -26,7 +26,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class SimilarityInputs:
-    """One layer, and what is known of it; a base says in its ``needs`` which fields it reads."""
+    """One layer, and what is known of it; ``mcsmoe.methods.SIMILARITIES`` says which fields a base reads."""
 
     statistics: LayerStatistics | None = None
     weights: ExpertWeights | None = None  # E stacked experts
@@ -107,13 +107,8 @@ class SimilarityInputs:
                 raise ValueError(f"layer {self.layer!r}: the gradient of {name!r} of expert {expert} is not finite")
 
 
-@dataclass(frozen=True)
-class Base:
-    """A way to compare experts."""
-
-    compute: Callable[[SimilarityInputs], Tensor]  # [E, E]; diagonal and rounding are put right by ``finish``
-    needs: frozenset[str]  # of statistics, weights, router, gradients, tokens
-    description: str
+Base = Callable[[SimilarityInputs], Tensor]
+"""A way to compare experts: [E, E]; ``finish`` puts diagonal and rounding right."""
 
 
 def cosine(gram_EE: Tensor) -> Tensor:

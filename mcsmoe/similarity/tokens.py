@@ -236,11 +236,8 @@ def expert_output(inputs: SimilarityInputs) -> Tensor:
 
 
 TOKEN_BASES: dict[str, Base] = {
-    name: Base(compute, frozenset({"tokens", "statistics", "weights"}), (compute.__doc__ or "").strip())
-    for name, compute in {
-        "mse": mse,
-        "feature-correlation.lsa": correlation_lsa,
-        "feature-correlation.max": correlation_max,
-        "expert-output": expert_output,
-    }.items()
+    "mse": mse,
+    "feature-correlation.lsa": correlation_lsa,
+    "feature-correlation.max": correlation_max,
+    "expert-output": expert_output,
 }

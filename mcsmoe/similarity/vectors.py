@@ -103,19 +103,15 @@ def _router(inputs: SimilarityInputs) -> RouterWeights:
     return inputs.router
 
 
-def _base(compute, *needs: str) -> Base:  # type: ignore[no-untyped-def]
-    return Base(compute, frozenset(needs), (compute.__doc__ or "").strip())
-
-
 VECTOR_BASES: dict[str, Base] = {
-    "router-logits": _base(router_logits, "statistics"),
-    "router-weight": _base(router_weight, "router"),
-    "weight": _base(weight, "weights"),
-    "feature": _base(feature, "statistics"),
-    "feature.abs": _base(feature_abs, "statistics"),
-    "weight-feature": _base(weight_feature, "weights", "statistics"),
-    "router-weight-feature": _base(router_weight_feature, "router", "statistics"),
-    "gradient": _base(gradient, "gradients"),
-    "weight-gradient": _base(weight_gradient, "weights", "gradients"),
-    "random": _base(random),
+    "router-logits": router_logits,
+    "router-weight": router_weight,
+    "weight": weight,
+    "feature": feature,
+    "feature.abs": feature_abs,
+    "weight-feature": weight_feature,
+    "router-weight-feature": router_weight_feature,
+    "gradient": gradient,
+    "weight-gradient": weight_gradient,
+    "random": random,
 }

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from mcsmoe.adapters.base import Adapter
 from mcsmoe.artefacts.tables import frame_of
 from mcsmoe.calibration.evidence import Evidence
-from mcsmoe.merge.average import random_importance
-from mcsmoe.merge.base import shares
+from mcsmoe.grouping.weighting import WEIGHTINGS, shares
+from mcsmoe.methods import MERGES
 from mcsmoe.similarity import similarity
 from mcsmoe.similarity.base import SimilarityInputs
 from mcsmoe.statistics.layer import LayerStatistics
@@ -41,7 +40,7 @@ def layer_similarity(
 
 def importance(statistics: LayerStatistics, merge: str) -> Tensor:
     """[E]: what the budget and the dominant experts are chosen by."""
-    return statistics.saliency_E if merge == "reap" else statistics.frequency_E
+    return statistics.saliency_E if MERGES[merge].importance == "saliency" else statistics.frequency_E
 
 
 def similarity_frame(base: str, similarities: Mapping[LayerId, Tensor]) -> pd.DataFrame:
@@ -57,17 +56,9 @@ def similarity_frame(base: str, similarities: Mapping[LayerId, Tensor]) -> pd.Da
 
 def groups_frame(groupings: Mapping[LayerId, Grouping], evidence: Evidence, merge: str, seed: int) -> pd.DataFrame:
     """Table ``groups``; weights are those that ``merge`` gives whole experts (frequency where it weighs elements)."""
+    weighed = WEIGHTINGS[MERGES[merge].weighting]
     rows = []
     for layer, grouping in groupings.items():
-        frequency_E = evidence.layer(layer).frequency_E
-        weighed_E = frequency_E
-        if merge in ("uniform", "git-rebasin", "repair", "zipit", "zipit-weight"):
-            weighed_E = torch.ones_like(frequency_E)
-        elif merge in ("prune", "drop", "reap"):
-            weighed_E = grouping.leads().to(frequency_E)
-        elif merge == "reversed":
-            weighed_E = 1 - frequency_E
-        elif merge == "random":
-            weighed_E = random_importance(grouping.num_experts, seed, layer)
-        rows += grouping.rows(layer, shares(grouping, weighed_E))
+        weight_E = weighed(grouping, evidence.layer(layer).frequency_E, seed, layer)
+        rows += grouping.rows(layer, shares(grouping, weight_E))
     return frame_of(rows, "groups")

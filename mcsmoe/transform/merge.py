@@ -13,6 +13,7 @@ from mcsmoe.calibration.evidence import Evidence
 from mcsmoe.grouping import from_labels
 from mcsmoe.merge import METHODS
 from mcsmoe.merge.base import MergeInputs
+from mcsmoe.methods import MERGES
 from mcsmoe.transform.align import align_layer
 from mcsmoe.types import Grouping, LayerId
 
@@ -50,7 +51,8 @@ def merge_layer(
     group to its leader first."""
     weights, statistics = adapter.read_experts(model, layer), evidence.layer(layer)
     activation = adapter.activation(model, layer)
-    fisher = evidence.per_weight("fisher", layer, weights) if method == "fisher" else None
+    needs = MERGES[method].needs
+    fisher = evidence.per_weight("fisher", layer, weights) if "fisher" in needs else None
     if alignment.endswith("-dominant"):
         reference_E = grouping.dominant[grouping.expert_to_group]
         how = alignment.removesuffix("-dominant")
@@ -69,7 +71,7 @@ def merge_layer(
             gates=statistics.gates(layer),
             activation=activation,
             router=adapter.read_router(model, layer),
-            saliency_E=statistics.saliency_E if method == "reap" else None,
+            saliency_E=statistics.saliency_E if "saliency" in needs else None,
             seed=seed,
             workers=workers,
         )

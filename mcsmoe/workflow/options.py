@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mcsmoe import methods
-from mcsmoe.workflow.schema import method, section
+from mcsmoe.workflow.schema import section
 
 _PYTHON: dict[str, Any] = {"integer": int, "number": float, "string": str}
 
@@ -20,7 +19,8 @@ def _kind(part: Mapping[str, Any]) -> str:
     return next(name for name in kinds if name != "null")
 
 
-def _flag(key: str) -> str:
+def flag(key: str) -> str:
+    """The option that is called as a key of the configuration."""
     return "--" + key.replace("_", "-")
 
 
@@ -30,40 +30,25 @@ def add_section(parser: argparse.ArgumentParser, name: str, only: Iterable[str] 
     group = parser.add_argument_group(f"settings of {name!r} in the configuration")
     taken = {flag for action in parser._actions for flag in action.option_strings}
     for key, part in section(name).items():
-        if _flag(key) not in taken and (wanted is None or key in wanted):
-            _add(group, _flag(key), key, part, part.get("default"))
+        if flag(key) not in taken and (wanted is None or key in wanted):
+            add_option(group, flag(key), key, part, part.get("default"))
 
 
-def add_method(
-    parser: argparse._ActionsContainer, fields: Iterable[str], start: str | None = None, flag: str | None = None
-) -> None:
-    """One option per field of a method, with the values of the built-in method ``start`` where none is given.
-
-    ``flag`` is another name for the option, where there is one field.
-    """
-    defaults = methods.Method("") if start is None else methods.BUILTIN[start]
-    for name in fields:
-        part = dict(method()[name])
-        if name in methods.CHOICES:
-            part["enum"] = list(methods.CHOICES[name])
-        dest = name if flag is None else flag.removeprefix("--")
-        _add(parser, flag or _flag(name), dest, part, getattr(defaults, name))
-
-
-def _add(group: argparse._ActionsContainer, flag: str, key: str, part: Mapping[str, Any], default: Any) -> None:
+def add_option(group: argparse._ActionsContainer, name: str, key: str, part: Mapping[str, Any], default: Any) -> None:
+    """Option ``name`` for what schema ``part`` describes; its value is kept under ``key``."""
     options: dict[str, Any] = {
         "dest": key,
         "default": default,
         "help": part.get("description", "").replace("%", "%%"),
     }
     if "enum" in part:
-        group.add_argument(flag, choices=part["enum"], **options)
+        group.add_argument(name, choices=part["enum"], **options)
     elif _kind(part) == "boolean":
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
     elif _kind(part) == "array":
-        group.add_argument(flag, nargs="*", type=_PYTHON[_kind(part["items"])], **options)
+        group.add_argument(name, nargs="*", type=_PYTHON[_kind(part["items"])], **options)
     elif _kind(part) != "object":
-        group.add_argument(flag, type=_PYTHON[_kind(part)], **options)
+        group.add_argument(name, type=_PYTHON[_kind(part)], **options)
 
 
 def settings(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -78,12 +63,12 @@ def as_flags(values: Mapping[str, Any]) -> str:
         if value is None:
             continue
         if isinstance(value, bool):
-            words.append(_flag(key) if value else "--no-" + key.replace("_", "-"))
+            words.append(flag(key) if value else "--no-" + key.replace("_", "-"))
         elif isinstance(value, (list, tuple)):
             if value:
-                words += [_flag(key), *map(str, value)]
+                words += [flag(key), *map(str, value)]
         elif not isinstance(value, Mapping):
-            words += [_flag(key), str(value)]
+            words += [flag(key), str(value)]
     return shlex.join(words)
 
 

@@ -5,11 +5,12 @@ CONFIGURED = [METHODS[variant] for variant in CONFIG["variants"]]
 TASK_SPECIFIC = [
     name for name, method in METHODS.items() if method.merge == methods.TASK_SPECIFIC
 ]
-EXTRAS = []
-if any(method.decomposition == "whitened" for method in CONFIGURED):
-    EXTRAS.append("--whiten")
-if any(method.merge == "reap" for method in CONFIGURED):
-    EXTRAS.append("--saliency")
+NEEDED = frozenset().union(*(method.needs for method in CONFIGURED))
+EXTRAS = [
+    option
+    for need, option in {"input-gram": "--whiten", "saliency": "--saliency"}.items()
+    if need in NEEDED
+]
 LABELS = {made: (variant, experts) for variant, experts, made in evaluated()}
 RUN_LIST = json.dumps(
     [

@@ -119,6 +119,6 @@ def whitening_input(wildcards):
     run = f"{RESULTS}/{wildcards.task}/seed{wildcards.seed}"
     return (
         f"{run}/routing.safetensors"
-        if METHODS[wildcards.variant].decomposition == "whitened"
+        if "input-gram" in METHODS[wildcards.variant].needs
         else []
     )
