@@ -15,7 +15,6 @@ import torch
 from tiny_switch import batch, logits, model
 
 import mcsmoe
-from mcsmoe import align
 from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.artefacts.tables import read_table
 from mcsmoe.calibration.evidence import Evidence
@@ -24,11 +23,11 @@ from mcsmoe.checkpoint.format import layer_specs
 from mcsmoe.checkpoint.save import save_model
 from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.cli import main as cli
-from mcsmoe.grouping import plan
 from mcsmoe.methods import MERGES
-from mcsmoe.transform.align import align_layer
-from mcsmoe.transform.group import importance, layer_similarity
-from mcsmoe.transform.merge import merge_layer
+from mcsmoe.transform.align import AlignmentSettings, align_layers
+from mcsmoe.transform.group import GroupSettings, group_layers
+from mcsmoe.transform.layers import ModelLayers
+from mcsmoe.transform.merge import MergeSettings, merge_layers
 
 
 def rows(count: int = 24) -> list[dict[str, Any]]:
@@ -113,27 +112,18 @@ def test_merging_gives_what_the_stages_give_in_memory(options: tuple[str, ...], 
     evidence = Evidence(load_statistics(statistics), {}, {})
     alignment = given.get("--alignment", "weight")
     method = given.get("--method", "frequency")
+    layers = ModelLayers(made, adapter)
     if alignment == "weight":
-        for layer in adapter.layers(made):
-            weights = adapter.read_experts(made, layer)
-            found = align_layer(
-                weights, torch.zeros(6, dtype=torch.int64), "weight", None, adapter.activation(made, layer)
-            )
-            moved = weights.map(lambda name, t: t)  # a copy of the structure
-            moved = align.apply_permutation(moved, found.permutation_EF, layer)
-            adapter.write_experts(made, layer, moved)
-    base = given.get("--similarity", "router-logits")
-    similarity = {layer: layer_similarity(made, adapter, layer, base, evidence, 0) for layer in adapter.layers(made)}
-    groupings = plan(
-        {layer: importance(evidence.layer(layer), method) for layer in adapter.layers(made)},
-        similarity,
-        3,
-        method=given.get("--grouping", "dominant"),
+        align_layers(layers, AlignmentSettings())
+    settings = GroupSettings(
+        experts=3,
+        similarity=given.get("--similarity", "router-logits"),
+        grouping=given.get("--grouping", "dominant"),
         budget=given.get("--budget", MERGES[method].budget),
+        merge=method,
     )
-    for layer, grouping in groupings.items():
-        if grouping.num_groups < 6:
-            merge_layer(made, adapter, layer, grouping, method, evidence, alignment)
+    groupings = group_layers(layers, settings, evidence).groupings
+    merge_layers(layers, groupings, MergeSettings(method, alignment), evidence)
     back = mcsmoe.load(tmp_path / "merged")
     assert torch.equal(logits(back, batch()), logits(made, batch()))
     table = read_table(tmp_path / "merged" / "groups.parquet", "groups")
@@ -243,7 +233,7 @@ def test_errors_are_one_message_and_status_1(
     def error(*words: object) -> str:
         return refused(capfd, caplog, *words)
 
-    assert "--experts is 7" in error("merge", full, "--calibration", tokens, "--experts", 7, "--out", out)
+    assert "experts is 7" in error("merge", full, "--calibration", tokens, "--experts", 7, "--out", out)
     assert "--calibration FILE" in error("merge", full, "--experts", 2, "--out", out)
     assert "absent.txt: no such file" in error(
         *("merge", full, "--calibration", tmp_path / "absent.txt", "--experts", 2, "--out", out)
@@ -252,7 +242,7 @@ def test_errors_are_one_message_and_status_1(
         *("merge", full, "--calibration", tokens, "--experts", 2, "--out", out, "--similarity", "gradient")
     )
     assert "nowhere: no such checkpoint folder" in error("compress", tmp_path / "nowhere", "--out", out)
-    assert "--keep is 0.0" in error("compress", full, "--keep", 0.0, "--out", out)
+    assert "keep is 0.0" in error("compress", full, "--keep", 0.0, "--out", out)
     assert "rank is 17" in error("compress", full, "--rank", 17, "--out", out)
     assert "no config.json" in error("inspect", tmp_path)
     assert not out.exists()

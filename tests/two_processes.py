@@ -22,7 +22,8 @@ from mcsmoe.train.objectives import TaskObjective
 from mcsmoe.train.state import StateStore
 from mcsmoe.train.task_specific import UsagePruner
 from mcsmoe.train.tokenizer import train_tokenizer
-from mcsmoe.transform.compress import split_experts
+from mcsmoe.transform.compress import CompressSettings, compress_layers
+from mcsmoe.transform.layers import ModelLayers
 
 STEPS, ROWS, SELECT_EVERY = 6, 7, 2  # rows: odd, so that the processes' shares differ
 UNUSED = 2  # an expert that no token is ever sent to
@@ -90,7 +91,7 @@ def pruned(folder: Path, name: str, noise: float = 0.0) -> None:
     """Compression; with ``noise`` the second process finds other importances, as other hardware may."""
     model = tiny_switch.model()
     adapter = adapter_for(model)
-    split_experts(model, adapter, 2, None, adapter.layers(model))
+    compress_layers(ModelLayers(model, adapter), CompressSettings(rank=2))
     pruner = ResidualPruner(modules.residuals(model), KeptSchedule(0.3, STEPS, 1, 1), 0.85)
     if noise and processes.rank():
         observe = pruner.observe

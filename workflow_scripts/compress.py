@@ -31,16 +31,16 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.calibration.files import load_statistics
     from mcsmoe.compress.residual import KeptSchedule, ResidualPruner
     from mcsmoe.train.objectives import RecoveryObjective, freeze_routers
-    from mcsmoe.train.stages import Job, teacher_of, total_steps
-    from mcsmoe.transform.compress import split_experts
-    from mcsmoe.types import chosen_layers
+    from mcsmoe.train.stages import Job, JobSettings, teacher_of, total_steps
+    from mcsmoe.transform.compress import CompressSettings, compress_layers
+    from mcsmoe.transform.layers import ModelLayers
 
-    job = Job.of(arguments, "compress")
+    job = Job.of(options.record(JobSettings, arguments), options.settings(arguments, "compress"))
     settings = job.settings
     adapter = adapter_for(job.model)
     statistics = load_statistics(arguments.routing) if arguments.routing else None
-    layers = chosen_layers(adapter.layers(job.model), arguments.exclude_layers)
-    split_experts(job.model, adapter, settings["rank"], statistics, layers)
+    splitting = CompressSettings(settings["rank"], exclude_layers=arguments.exclude_layers)
+    compress_layers(ModelLayers(job.model, adapter), splitting, statistics)
     freeze_routers(job.model, adapter)
     steps, _ = total_steps(settings, len(job.train))
     schedule = KeptSchedule(

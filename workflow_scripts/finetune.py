@@ -24,9 +24,9 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.train.objectives import TaskObjective
-    from mcsmoe.train.stages import Job
+    from mcsmoe.train.stages import Job, JobSettings
 
-    job = Job.of(arguments, "finetune")
+    job = Job.of(options.record(JobSettings, arguments), options.settings(arguments, "finetune"))
     weights = {key: job.settings[key] for key in ("balance_weight", "z_weight")}
     adapter = None if arguments.dense else adapter_for(job.model)
     job.run(__file__, TaskObjective(adapter, **weights))

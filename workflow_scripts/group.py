@@ -38,35 +38,16 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.artefacts.tables import write_table
     from mcsmoe.calibration.evidence import Evidence
     from mcsmoe.checkpoint.load import load_model
-    from mcsmoe.grouping import plan
-    from mcsmoe.transform.group import groups_frame, importance, layer_similarity, similarity_frame
+    from mcsmoe.transform.group import GroupSettings, group_layers, groups_frame, similarity_frame
+    from mcsmoe.transform.layers import ModelLayers
 
     torch.set_num_threads(arguments.threads)
-    model = load_model(arguments.model)
-    adapter = adapter_for(model)
+    settings = options.record(GroupSettings, arguments)
     evidence = Evidence.read(arguments.routing, arguments.gradients, arguments.permutation)
-    layers = adapter.layers(model)
-    similarity = {
-        layer: layer_similarity(model, adapter, layer, arguments.similarity, evidence, arguments.seed)
-        for layer in console.progress(layers, "similarity")
-    }
-    importances = {layer: importance(evidence.layer(layer), arguments.merge) for layer in layers}
-    groupings = plan(
-        importances,
-        similarity,
-        arguments.experts,
-        method=arguments.grouping,
-        budget=arguments.budget,
-        capacity=arguments.capacity,
-        linkage=arguments.linkage,
-        seed=arguments.seed,
-        excluded=arguments.exclude_layers,
-    )
-    write_table(arguments.similarity_table, similarity_frame(arguments.similarity, similarity), "similarity")
-    frame = groups_frame(groupings, evidence, arguments.merge, arguments.seed)
-    write_table(arguments.groups, frame, "groups")
-    for layer, grouping in groupings.items():
-        console.log.info("%s: %d experts in %d groups", layer, grouping.num_experts, grouping.num_groups)
+    model = load_model(arguments.model)
+    groups = group_layers(ModelLayers(model, adapter_for(model)), settings, evidence)
+    write_table(arguments.similarity_table, similarity_frame(settings.similarity, groups.similarity), "similarity")
+    write_table(arguments.groups, groups_frame(groups.groupings, settings, evidence), "groups")
 
 
 if __name__ == "__main__":

@@ -39,22 +39,16 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.calibration.evidence import Evidence
     from mcsmoe.checkpoint.load import load_model, load_tokenizer
     from mcsmoe.checkpoint.save import save_model
-    from mcsmoe.transform.merge import groupings_of, merge_layer
+    from mcsmoe.transform.layers import ModelLayers
+    from mcsmoe.transform.merge import MergeSettings, groupings_of, merge_layers
 
     torch.set_num_threads(arguments.threads)
-    model = load_model(arguments.model)
-    adapter = adapter_for(model)
+    settings = options.record(MergeSettings, arguments)
     evidence = Evidence.read(arguments.routing, arguments.gradients, arguments.permutation)
-    groupings = groupings_of(read_table(arguments.groups, "groups"), adapter.layers(model))
-    for layer, grouping in console.progress(groupings.items(), "merge", total=len(groupings)):
-        if grouping.num_groups == grouping.num_experts:
-            continue
-        merge_layer(
-            *(model, adapter, layer, grouping, arguments.merge, evidence),
-            alignment=arguments.alignment,
-            seed=arguments.seed,
-            workers=arguments.threads,
-        )
+    settings.check(evidence)
+    model = load_model(arguments.model)
+    layers = ModelLayers(model, adapter_for(model))
+    merge_layers(layers, groupings_of(read_table(arguments.groups, "groups"), layers.ids), settings, evidence)
     provenance = {"stage": "merge", "merge": arguments.merge, "parent": digest_directory(arguments.model)}
     save_model(model, arguments.out, load_tokenizer(arguments.model), provenance)
 

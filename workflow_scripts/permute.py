@@ -26,31 +26,19 @@ def main(arguments: argparse.Namespace) -> None:
     import torch
 
     from mcsmoe.adapters.registry import adapter_for
-    from mcsmoe.align import apply_permutation
     from mcsmoe.artefacts.tables import write_table
     from mcsmoe.calibration.files import load_statistics
     from mcsmoe.checkpoint.load import load_model, load_tokenizer
     from mcsmoe.checkpoint.save import save_model
-    from mcsmoe.transform.align import align_layer, permutation_frame
+    from mcsmoe.transform.align import AlignmentSettings, align_layers, permutation_frame
+    from mcsmoe.transform.layers import ModelLayers
 
     torch.set_num_threads(arguments.threads)
-    model = load_model(arguments.model)
-    adapter = adapter_for(model)
+    settings = options.record(AlignmentSettings, arguments)
     statistics = load_statistics(arguments.routing) if arguments.routing else None
-    alignments = {}
-    for layer in console.progress(adapter.layers(model), "alignment"):
-        weights = adapter.read_experts(model, layer)
-        weights.require_finite(layer)
-        reference_E = torch.zeros(weights.num_experts, dtype=torch.int64)
-        alignments[layer] = align_layer(
-            weights,
-            reference_E,
-            arguments.alignment,
-            None if statistics is None else statistics.layers[layer],
-            adapter.activation(model, layer),
-            arguments.threads,
-        )
-        adapter.write_experts(model, layer, apply_permutation(weights, alignments[layer].permutation_EF))
+    settings.check(statistics)
+    model = load_model(arguments.model)
+    alignments = align_layers(ModelLayers(model, adapter_for(model)), settings, statistics)
     write_table(arguments.permutation, permutation_frame(alignments), "permutation")
     tokenizer = load_tokenizer(arguments.model)
     save_model(model, arguments.out, tokenizer, {"stage": "permute", "alignment": arguments.alignment})

@@ -30,11 +30,11 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.artefacts.tables import frame_of, write_table
     from mcsmoe.train import processes
     from mcsmoe.train.objectives import TaskObjective
-    from mcsmoe.train.stages import Job, total_steps
+    from mcsmoe.train.stages import Job, JobSettings, total_steps
     from mcsmoe.train.task_specific import UsagePruner, remove_fallen
     from mcsmoe.types import chosen_layers
 
-    job = Job.of(arguments, "finetune")
+    job = Job.of(options.record(JobSettings, arguments), options.settings(arguments, "finetune"))
     adapter = adapter_for(job.model)
     steps, _ = total_steps(job.settings, len(job.train))
     pruner = UsagePruner(

@@ -25,9 +25,9 @@ def parse() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.train.objectives import RecoveryObjective, freeze_routers
-    from mcsmoe.train.stages import Job, teacher_of
+    from mcsmoe.train.stages import Job, JobSettings, teacher_of
 
-    job = Job.of(arguments, "recover")
+    job = Job.of(options.record(JobSettings, arguments), options.settings(arguments, "recover"))
     freeze_routers(job.model, adapter_for(job.model))
     objective = RecoveryObjective(
         teacher_of(arguments.teacher, job.train), job.settings["distillation_weight"], job.settings["temperature"]

@@ -1,4 +1,4 @@
-"""Which experts of each layer are merged: budget, then groups (sections 3.1 of MC-SMoE and 6 of the blueprint)."""
+"""Which experts of each layer are merged: budget, then groups (section 3.1 of MC-SMoE)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mcsmoe.grouping.budget import BUDGETS, by_priority, normalised
 from mcsmoe.grouping.dominant import group_by_dominant
 from mcsmoe.types import Grouping, LayerId
 
-__all__ = ["BUDGETS", "METHODS", "from_labels", "identity", "plan"]
+__all__ = ["BUDGETS", "METHODS", "check_choices", "from_labels", "identity", "plan"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,17 @@ def _choose(field: str, name: str, known: Collection[str]) -> None:
         raise ValueError(f"{field} is {name!r}; choose one of {', '.join(known)}")
 
 
+def check_choices(method: str, budget: str, capacity: int | None, linkage: str) -> None:
+    """Raise ValueError naming field, value and remedy for names that are not known, or a capacity that cannot be."""
+    _choose("method", method, METHODS)
+    _choose("budget", budget, BUDGETS)
+    _choose("linkage", linkage, hierarchical.LINKAGES)
+    if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
+        raise ValueError(f"capacity is {capacity!r}; give a whole number of experts, at least 1, or leave it out")
+    if capacity is not None and method != "dominant":
+        raise ValueError(f"capacity is {capacity}, but method {method!r} has no capacity; leave it out")
+
+
 def plan(
     frequency: Mapping[LayerId, Tensor],
     similarity: Mapping[LayerId, Tensor],
@@ -138,13 +149,7 @@ def plan(
         ValueError: a value out of range, an unknown name, statistics that are not finite or do not fit each other;
             names the field or layer, the value and the remedy.
     """
-    _choose("method", method, METHODS)
-    _choose("budget", budget, BUDGETS)
-    _choose("linkage", linkage, hierarchical.LINKAGES)
-    if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
-        raise ValueError(f"capacity is {capacity!r}; give a whole number of experts, at least 1, or leave it out")
-    if capacity is not None and method != "dominant":
-        raise ValueError(f"capacity is {capacity}, but method {method!r} has no capacity; leave it out")
+    check_choices(method, budget, capacity, linkage)
     unknown = [layer for layer in excluded if layer not in frequency]
     if unknown:
         raise ValueError(f"excluded layer {unknown[0]!r} is not a layer of this model; it has {list(frequency)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,6 @@ from mcsmoe.train import processes
 from mcsmoe.train.loop import Objective, Pruner, Trainer, TrainingPlan, TrainingResult
 from mcsmoe.train.state import StateStore
 from mcsmoe.train.teacher import TeacherCache
-from mcsmoe.workflow import options
 from mcsmoe.workflow.provenance import code_digest
 
 if TYPE_CHECKING:
@@ -58,11 +56,33 @@ def plan_of(settings: Mapping[str, Any], rows: int, seed: int) -> TrainingPlan:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A stage's model, its tokenizer and the rows it trains on, read and checked from the stage's command line."""
+class JobSettings:
+    """What a stage that trains on a task reads, writes and is told; its options have the names of these fields."""
 
-    arguments: argparse.Namespace
-    settings: dict[str, Any]
+    model: Path
+    task: str
+    train: Path
+    selection: Path
+    out: Path
+    training: Path
+    selected: Path
+    state: Path
+    max_input: int
+    max_label: int
+    protocol: str
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 1
+    tokens: Path | None = None
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage's model, its tokenizer and the rows it trains on, read and checked."""
+
+    told: JobSettings
+    settings: Mapping[str, Any]
     model: nn.Module
     tokenizer: Any
     task: Task
@@ -70,27 +90,27 @@ class Job:
     selection: pd.DataFrame
 
     @staticmethod
-    def of(arguments: argparse.Namespace, section: str) -> Job:
-        """Load what ``options.add_training`` names; the rows are tokenised once.
+    def of(told: JobSettings, settings: Mapping[str, Any]) -> Job:
+        """Load what ``told`` names; the rows are tokenised once. ``settings`` are those of the section that trains.
 
         Raises:
             ValueError: a checkpoint, table or task that is not one, a target longer than ``max_label``, or a tokenizer
                 without the tokens that are needed.
         """
-        torch.set_num_threads(arguments.threads)
-        processes.start(arguments.device)
-        tokenizer = load_tokenizer(arguments.model)
-        rows = read_table(arguments.train, "examples")
+        torch.set_num_threads(told.threads)
+        processes.start(told.device)
+        tokenizer = load_tokenizer(told.model)
+        rows = read_table(told.train, "examples")
         with processes.main_first():
-            train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens)
+            train = tokenize(rows, tokenizer, told.max_input, told.max_label, told.tokens)
         return Job(
-            arguments,
-            options.settings(arguments, section),
-            load_model(arguments.model, dense=getattr(arguments, "dense", False)),
+            told,
+            settings,
+            load_model(told.model, dense=told.dense),
             tokenizer,
-            load_task(arguments.task),
+            load_task(told.task),
             train,
-            read_table(arguments.selection, "examples"),
+            read_table(told.selection, "examples"),
         )
 
     def run(
@@ -100,35 +120,45 @@ class Job:
 
         Checkpoints are selected on the selection slice by the task's main metric; never on the split that is reported.
         """
-        arguments, settings = self.arguments, self.settings
-        read = [arguments.model, arguments.train, arguments.selection, *inputs]
-        decisive = {key: getattr(arguments, key) for key in ("seed", "device", "protocol")}
-        sign = signature(script, read, settings=settings, processes=processes.count(), **decisive)
+        told, settings = self.told, self.settings
+        read = [told.model, told.train, told.selection, *inputs]
+        sign = signature(
+            script,
+            read,
+            settings=settings,
+            processes=processes.count(),
+            seed=told.seed,
+            device=told.device,
+            protocol=told.protocol,
+        )
         choose = None
         if settings["select_every"] and len(self.selection):
             prepared = prepare(
-                *(self.model, self.tokenizer, self.selection, self.task.asked(arguments.protocol)),
+                self.model,
+                self.tokenizer,
+                self.selection,
+                self.task.asked(told.protocol),
                 batch_size=4 * settings["batch_size"],
-                max_input=arguments.max_input,
-                max_label=arguments.max_label,
+                max_input=told.max_input,
+                max_label=told.max_label,
                 metric=self.task.metric,
             )
             choose = selector(prepared, positive_answer(self.selection["choices"].tolist()))
         trainer = Trainer(
             self.model,
-            plan_of(settings, len(self.train), arguments.seed),
+            plan_of(settings, len(self.train), told.seed),
             objective,
-            TaskBatches(self.train, settings["batch_size"], arguments.seed).batch,
-            StateStore(arguments.state, sign),
+            TaskBatches(self.train, settings["batch_size"], told.seed).batch,
+            StateStore(told.state, sign),
             pruner=pruner,
             select=choose,
             selection_metric=self.task.metric,
-            device=arguments.device,
+            device=told.device,
         )
         result = trainer.run(f"{Path(script).stem} on {self.task.name}")
         if processes.is_main():
-            write_table(arguments.training, result.training, "training")
-            write_table(arguments.selected, result.selection, "selection")
+            write_table(told.training, result.training, "training")
+            write_table(told.selected, result.selection, "selection")
         if len(result.selection):
             best = result.selection.loc[result.selection["best"]].iloc[-1]
             log.info("kept the state after step %d: %s %.4f", best["step"], best["metric"], best["value"])
@@ -137,9 +167,9 @@ class Job:
     def save(self, **provenance: Any) -> None:
         """Write the checkpoint, then forget the state it was resumed from."""
         if processes.is_main():
-            known = {"task": self.task.name, "seed": self.arguments.seed, "settings": self.settings}
-            save_model(self.model.cpu(), self.arguments.out, self.tokenizer, {**known, **provenance})
-            StateStore(self.arguments.state, "").clear()
+            known = {"task": self.task.name, "seed": self.told.seed, "settings": dict(self.settings)}
+            save_model(self.model.cpu(), self.told.out, self.tokenizer, {**known, **provenance})
+            StateStore(self.told.state, "").clear()
         processes.end()
 
 

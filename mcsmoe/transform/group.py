@@ -1,41 +1,124 @@
-"""Similarities of a layer's experts, and groupings as tables and back."""
+"""Decide which experts are merged: similarities of each layer, groups over all of them, and both as tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mcsmoe.adapters.base import Adapter
 from mcsmoe.artefacts.tables import frame_of
 from mcsmoe.calibration.evidence import Evidence
+from mcsmoe.console import log, progress
+from mcsmoe.grouping import check_choices, plan
 from mcsmoe.grouping.weighting import WEIGHTINGS, shares
-from mcsmoe.methods import MERGES
+from mcsmoe.methods import MERGES, SIMILARITIES, require_known
 from mcsmoe.similarity import similarity
 from mcsmoe.similarity.base import SimilarityInputs
 from mcsmoe.statistics.layer import LayerStatistics
-from mcsmoe.types import Grouping, LayerId
+from mcsmoe.transform.align import Aligner
+from mcsmoe.transform.layers import Layers, SparseLayer
+from mcsmoe.types import Grouping, LayerId, chosen_layers
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def layer_similarity(
-    model: nn.Module, adapter: Adapter, layer: LayerId, base: str, evidence: Evidence, seed: int
-) -> Tensor:
-    """[E, E] similarity of a layer's experts."""
-    weights = adapter.read_experts(model, layer)
-    inputs = SimilarityInputs(
-        statistics=evidence.layer(layer),
-        weights=weights,
-        router=adapter.read_router(model, layer),
-        gradients=evidence.per_weight("gradient", layer, weights),
-        activation=adapter.activation(model, layer),
-        seed=seed,
-        layer=layer,
+@dataclass(frozen=True)
+class GroupSettings:
+    """How the experts of a model are grouped."""
+
+    experts: int
+    """Groups that are left in a layer, on average."""
+    similarity: str = "router-logits"
+    grouping: str = "dominant"
+    budget: str = "adaptive"
+    linkage: str = "average"
+    capacity: int | None = None
+    merge: str = "frequency"
+    """The merge method that the groups are for: it says what experts are chosen by and how they weigh."""
+    seed: int = 0
+    exclude_layers: Sequence[LayerId] = ()
+
+    def check(self, layers: Layers) -> None:
+        """Refuse what cannot be, before anything is read.
+
+        Raises:
+            ValueError: a name that is not known, a number of experts that a layer does not have, a layer that the model
+                does not have or that is merged already; names the field or the layer, the value and the remedy.
+        """
+        require_known("similarity", self.similarity, tuple(SIMILARITIES))
+        require_known("merge", self.merge, tuple(MERGES))
+        check_choices(self.grouping, self.budget, self.capacity, self.linkage)
+        for layer in chosen_layers(layers.ids, self.exclude_layers):
+            found = layers.structure(layer)
+            experts = found.num_experts
+            if not 1 <= self.experts <= experts:
+                raise ValueError(f"experts is {self.experts}; layer {layer!r} has {experts}, give 1 to {experts}")
+            if found.expert_to_group.unique().numel() != experts:
+                raise ValueError(f"layer {layer!r} is merged already; start from the model it came from")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What grouping found out about each layer."""
+
+    similarity: dict[LayerId, Tensor]
+    """[E, E] of each layer."""
+    groupings: dict[LayerId, Grouping]
+
+
+def group_layers(layers: Layers, settings: GroupSettings, evidence: Evidence, align: Aligner | None = None) -> Groups:
+    """Group the experts of every layer by their similarity.
+
+    Args:
+        align: how the experts stand to each other before they are compared neuron by neuron; None: as they are.
+
+    Raises:
+        ValueError: settings that cannot be, or evidence of another model; names the field or the layer.
+    """
+    settings.check(layers)
+    needs = SIMILARITIES[settings.similarity].needs
+    found: dict[LayerId, Tensor] = {}
+    for name in progress(layers.ids, "similarity"):
+        if needs <= {"statistics"}:
+            found[name] = layer_similarity(layers.structure(name), settings, evidence)
+            continue
+        with layers.open(name) as layer:
+            if align is not None and needs & {"weights", "tokens"}:
+                align(layer)
+            found[name] = layer_similarity(layer, settings, evidence)
+    groupings = plan(
+        {layer: importance(evidence.layer(layer), settings.merge) for layer in layers.ids},
+        found,
+        settings.experts,
+        method=settings.grouping,
+        budget=settings.budget,
+        capacity=settings.capacity,
+        linkage=settings.linkage,
+        seed=settings.seed,
+        excluded=settings.exclude_layers,
     )
-    return similarity(base, inputs)
+    for name, grouping in groupings.items():
+        log.info("%s: %d experts in %d groups", name, grouping.num_experts, grouping.num_groups)
+    return Groups(found, groupings)
+
+
+def layer_similarity(layer: SparseLayer, settings: GroupSettings, evidence: Evidence) -> Tensor:
+    """[E, E] similarity of a layer's experts."""
+    needs = SIMILARITIES[settings.similarity].needs
+    weights = layer.read_experts() if needs & {"weights", "tokens", "gradients"} else None
+    inputs = SimilarityInputs(
+        statistics=evidence.layer(layer.id),
+        weights=weights,
+        router=layer.read_router() if "router" in needs else None,
+        gradients=None if weights is None else evidence.per_weight("gradient", layer.id, weights),
+        activation=layer.activation,
+        seed=settings.seed,
+        layer=layer.id,
+    )
+    return similarity(settings.similarity, inputs)
 
 
 def importance(statistics: LayerStatistics, merge: str) -> Tensor:
@@ -54,11 +137,11 @@ def similarity_frame(base: str, similarities: Mapping[LayerId, Tensor]) -> pd.Da
     return frame_of(rows, "similarity")
 
 
-def groups_frame(groupings: Mapping[LayerId, Grouping], evidence: Evidence, merge: str, seed: int) -> pd.DataFrame:
-    """Table ``groups``; weights are those that ``merge`` gives whole experts (frequency where it weighs elements)."""
-    weighed = WEIGHTINGS[MERGES[merge].weighting]
+def groups_frame(groupings: Mapping[LayerId, Grouping], settings: GroupSettings, evidence: Evidence) -> pd.DataFrame:
+    """Table ``groups``; weights are those that the merge gives whole experts (frequency where it weighs elements)."""
+    weighed = WEIGHTINGS[MERGES[settings.merge].weighting]
     rows = []
     for layer, grouping in groupings.items():
-        weight_E = weighed(grouping, evidence.layer(layer).frequency_E, seed, layer)
+        weight_E = weighed(grouping, evidence.layer(layer).frequency_E, settings.seed, layer)
         rows += grouping.rows(layer, shares(grouping, weight_E))
     return frame_of(rows, "groups")

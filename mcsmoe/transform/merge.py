@@ -1,20 +1,20 @@
-"""Merge the experts of a layer by its groups, in place."""
+"""Merge the experts of every layer by its groups."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
-
-from mcsmoe import align
-from mcsmoe.adapters.base import Adapter
+from mcsmoe.align import apply_permutation
 from mcsmoe.calibration.evidence import Evidence
+from mcsmoe.console import progress
 from mcsmoe.grouping import from_labels
 from mcsmoe.merge import METHODS
 from mcsmoe.merge.base import MergeInputs
-from mcsmoe.methods import MERGES
-from mcsmoe.transform.align import align_layer
+from mcsmoe.methods import MERGES, require_known
+from mcsmoe.transform.align import TO_LEADER, Aligner, AlignmentSettings, align_layer
+from mcsmoe.transform.layers import Layers, SparseLayer
 from mcsmoe.types import Grouping, LayerId
 
 if TYPE_CHECKING:
@@ -36,46 +36,93 @@ def groupings_of(groups: pd.DataFrame, layers: Sequence[LayerId]) -> dict[LayerI
     return found
 
 
-def merge_layer(
-    model: nn.Module,
-    adapter: Adapter,
-    layer: LayerId,
-    grouping: Grouping,
-    method: str,
+@dataclass(frozen=True)
+class MergeSettings:
+    """How the experts of each group become one."""
+
+    merge: str = "frequency"
+    alignment: str = "none"
+    """Only an alignment to the leader of each group is for merging; others are done before there are groups."""
+    seed: int = 0
+    threads: int = 1
+
+    def check(self, evidence: Evidence) -> None:
+        """Refuse, before anything is read, a merge that is not known or that needs what was not collected.
+
+        Raises:
+            ValueError: names the merge and what it needs.
+        """
+        require_known("merge", self.merge, tuple(MERGES))
+        AlignmentSettings(self.alignment, self.threads).check(evidence.routing)
+        needs = MERGES[self.merge].needs
+        if "fisher" in needs and not evidence.tensors:
+            raise ValueError(f"merge is {self.merge!r}, which needs Fisher information; collect gradients first")
+        # A layer that no token reached has no saliency, and that is right.
+        measured = [
+            bool(one.saliency_tokens_E.any()) for one in evidence.routing.layers.values() if one.computed_E.any()
+        ]
+        if "saliency" in needs and not all(measured):
+            raise ValueError(
+                f"merge is {self.merge!r}, which needs the saliency of experts, and these statistics have none; "
+                "collect them with it"
+            )
+
+
+def merge_layers(
+    layers: Layers,
+    groupings: Mapping[LayerId, Grouping],
+    settings: MergeSettings,
     evidence: Evidence,
-    alignment: str = "none",
-    seed: int = 0,
-    workers: int = 1,
+    align: Aligner | None = None,
 ) -> None:
-    """Merge the experts of one layer in place; ``alignment`` ``weight-dominant`` or ``activation-dominant`` aligns each
-    group to its leader first."""
-    weights, statistics = adapter.read_experts(model, layer), evidence.layer(layer)
-    activation = adapter.activation(model, layer)
-    needs = MERGES[method].needs
-    fisher = evidence.per_weight("fisher", layer, weights) if "fisher" in needs else None
-    if alignment.endswith("-dominant"):
+    """Merge the experts of every layer by its groups; layers without groups to merge stay as they are.
+
+    Args:
+        align: how the experts of a layer are aligned before; None: they are already, or not at all.
+
+    Raises:
+        ValueError: a merge that needs what was not collected, or evidence of another model; names it.
+    """
+    settings.check(evidence)
+
+    def merge(layer: SparseLayer) -> None:
+        grouping = groupings[layer.id]
+        if grouping.num_groups == grouping.num_experts:
+            return
+        if align is not None:
+            align(layer)
+        merge_layer(layer, grouping, settings, evidence)
+
+    layers.change(merge, progress(list(groupings), "merge"))
+
+
+def merge_layer(layer: SparseLayer, grouping: Grouping, settings: MergeSettings, evidence: Evidence) -> None:
+    """Merge the experts of one layer in place, aligned to the leaders of their groups first where that is asked for."""
+    weights, statistics, needs = layer.read_experts(), evidence.layer(layer.id), MERGES[settings.merge].needs
+    fisher = evidence.per_weight("fisher", layer.id, weights) if "fisher" in needs else None
+    if settings.alignment.endswith(TO_LEADER):
         reference_E = grouping.dominant[grouping.expert_to_group]
-        how = alignment.removesuffix("-dominant")
-        found = align_layer(weights, reference_E, how, statistics, activation, workers, layer)
-        weights = align.apply_permutation(weights, found.permutation_EF, layer)
-        fisher = None if fisher is None else align.apply_permutation(fisher, found.permutation_EF, layer)
-    merged = METHODS[method](
+        how = settings.alignment.removesuffix(TO_LEADER)
+        found = align_layer(weights, reference_E, how, statistics, layer.activation, settings.threads, layer.id)
+        weights = apply_permutation(weights, found.permutation_EF, layer.id)
+        fisher = None if fisher is None else apply_permutation(fisher, found.permutation_EF, layer.id)
+    merged = METHODS[settings.merge](
         MergeInputs(
-            layer=layer,
+            layer=layer.id,
             weights=weights,
             grouping=grouping,
             frequency_E=statistics.frequency_E,
             fisher=fisher,
             statistics=statistics,
-            tokens=statistics.tokens(layer),
-            gates=statistics.gates(layer),
-            activation=activation,
-            router=adapter.read_router(model, layer),
+            tokens=statistics.tokens(layer.id),
+            gates=statistics.gates(layer.id),
+            activation=layer.activation,
+            router=layer.read_router(),
             saliency_E=statistics.saliency_E if "saliency" in needs else None,
-            seed=seed,
-            workers=workers,
+            seed=settings.seed,
+            workers=settings.threads,
         )
     )
-    adapter.write_experts(model, layer, merged.weights, merged.expert_to_group)
+    layer.write_experts(merged.weights, merged.expert_to_group)
     if merged.dropped_E is not None:
-        adapter.mask_router(model, layer, merged.dropped_E)
+        layer.mask_router(merged.dropped_E)

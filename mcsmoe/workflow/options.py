@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mcsmoe.workflow.schema import section
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
 _PYTHON: dict[str, Any] = {"integer": int, "number": float, "string": str}
 
 
@@ -54,6 +59,12 @@ def add_option(group: argparse._ActionsContainer, name: str, key: str, part: Map
 def settings(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     """What was given for section ``name``, by key of the configuration."""
     return {key: getattr(arguments, key) for key in section(name) if hasattr(arguments, key)}
+
+
+def record(kind: type[Record], arguments: argparse.Namespace, **others: Any) -> Record:
+    """The settings record ``kind`` from the options that are called as its fields, and ``others``."""
+    names = [field.name for field in fields(kind)]
+    return kind(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)} | others)
 
 
 def as_flags(values: Mapping[str, Any]) -> str:

@@ -1,0 +1,107 @@
+"""The sparse layers of a model, in memory or on disk, as everything that changes experts sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from mcsmoe.adapters.base import Adapter
+from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, LowRankFactors, RouterWeights
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """One sparse layer of a model, and the adapter that knows its family."""
+
+    model: nn.Module
+    adapter: Adapter
+    id: LayerId
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that holds its router and experts."""
+        return self.model.get_submodule(self.id)
+
+    @property
+    def num_experts(self) -> int:
+        """E: outputs of the router."""
+        return self.adapter.num_experts(self.model, self.id)
+
+    @property
+    def expert_to_group(self) -> Tensor:
+        """int64 [E]: the redirect table; arange(E) where nothing is merged."""
+        return self.adapter.expert_to_group(self.model, self.id)
+
+    @property
+    def activation(self) -> ExpertActivation:
+        """From the outputs of the input projections to the hidden activation."""
+        return self.adapter.activation(self.model, self.id)
+
+    def read_experts(self) -> ExpertWeights:
+        """Copies of the stacked experts, E of them, or G once merged."""
+        return self.adapter.read_experts(self.model, self.id)
+
+    def read_router(self) -> RouterWeights:
+        """A copy of the router."""
+        return self.adapter.read_router(self.model, self.id)
+
+    def write_experts(self, weights: ExpertWeights, expert_to_group: Tensor | None = None) -> None:
+        """Install experts; with a redirect table G of them for the router's E outputs."""
+        self.adapter.write_experts(self.model, self.id, weights, expert_to_group)
+
+    def write_compressed(
+        self, factors: Mapping[str, LowRankFactors], biases: Mapping[str, Tensor], expert_to_group: Tensor
+    ) -> None:
+        """Install low-rank factors with a dense residual in place of every matrix."""
+        self.adapter.write_compressed(self.model, self.id, factors, biases, expert_to_group)
+
+    def mask_router(self, dropped_E: Tensor) -> None:
+        """Let the router never choose the experts marked in ``dropped_E`` (bool [E]) again."""
+        self.adapter.mask_router(self.model, self.id, dropped_E)
+
+
+class Layers(Protocol):
+    """The sparse layers of a model wherever its weights are."""
+
+    @property
+    def ids(self) -> list[LayerId]:
+        """Every sparse layer, in forward order."""
+
+    def structure(self, layer: LayerId) -> SparseLayer:
+        """A layer whose shapes are known and whose weights need not be there."""
+
+    def open(self, layer: LayerId) -> AbstractContextManager[SparseLayer]:
+        """A layer whose weights are in memory inside the context; what is written to them there is not kept."""
+
+    def change(self, function: Callable[[SparseLayer], None], layers: Iterable[LayerId]) -> None:
+        """Apply ``function`` to each of ``layers`` in turn, and keep what it writes."""
+
+
+class ModelLayers:
+    """The layers of a model in memory; changes are made in place."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
+        self.model, self.adapter = model, adapter
+
+    @property
+    def ids(self) -> list[LayerId]:
+        """Every sparse layer, in forward order."""
+        return self.adapter.layers(self.model)
+
+    def structure(self, layer: LayerId) -> SparseLayer:
+        """The layer itself."""
+        return SparseLayer(self.model, self.adapter, layer)
+
+    @contextmanager
+    def open(self, layer: LayerId) -> Iterator[SparseLayer]:
+        """The layer itself: here what is written does stay."""
+        yield self.structure(layer)
+
+    def change(self, function: Callable[[SparseLayer], None], layers: Iterable[LayerId]) -> None:
+        """Apply ``function`` to each of ``layers`` in turn."""
+        for layer in layers:
+            function(self.structure(layer))
