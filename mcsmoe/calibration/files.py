@@ -30,7 +30,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_statistics(path: Path) -> RoutingStatistics:
-    """Routing statistics that ``save_tensors(path, statistics.tensors())`` wrote."""
+    """Routing statistics that ``save_tensors(path, statistics.tensors())`` wrote, or a folder that was collected."""
+    if Path(path).is_dir():
+        # Not at the top: most stages read single files, and are not to be run again for what a folder is.
+        from mcsmoe.calibration.folder import open_statistics
+
+        return open_statistics(path)
     return RoutingStatistics.from_tensors(load_tensors(path))
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mcsmoe.calibration.layer_major import Options
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +37,50 @@ def add_statistics(parser: argparse.ArgumentParser) -> None:
     """The text to calibrate on, or statistics that were collected before."""
     add_calibration(parser)
     group = parser.add_argument_group("statistics")
-    group.add_argument("--statistics", type=Path, metavar="FILE", help="routing statistics saved before, instead")
+    group.add_argument("--statistics", type=Path, metavar="PATH", help="statistics collected or saved before, instead")
     group.add_argument("--save-statistics", type=Path, metavar="FILE", help="keep the statistics for other runs")
     group.add_argument("--reservoir", type=int, default=64, help="tokens kept per expert, where they are compared")
+
+
+def add_pass(parser: argparse.ArgumentParser) -> None:
+    """Where a pass over all layers computes, and what it may hold."""
+    group = parser.add_argument_group("pass")
+    group.add_argument(
+        "--device", default="auto", help="where blocks compute: auto (an accelerator if there is one), cpu, cuda"
+    )
+    group.add_argument(
+        "--cache-memory",
+        type=size,
+        default="2GB",
+        metavar="SIZE",
+        help="hidden states held in memory; the rest waits in a file",
+    )
+
+
+def size(text: str) -> int:
+    """Bytes of ``512MB``, ``2GB`` or a plain number.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+    """
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+) *([kMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 512MB or 2GB")
+    return int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " "))
+
+
+def pass_options(arguments: argparse.Namespace) -> Options:
+    """The settings of the pass.
+
+    Raises:
+        ValueError: there is no such device; names it.
+    """
+    from mcsmoe import device
+    from mcsmoe.calibration.layer_major import Options
+
+    cache = getattr(arguments, "cache_memory", 2 * 10**9)
+    reservoir, seed = getattr(arguments, "reservoir", 64), getattr(arguments, "seed", 0)
+    return Options(device.pick(getattr(arguments, "device", "cpu")), cache, reservoir, seed)
 
 
 def add_excluded(parser: argparse._ActionsContainer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -134,12 +134,30 @@ class LayerStatistics:
             raise ValueError("outputs of experts were seen for part of the tokens only; collect the statistics again")
         for name, tensor in other._summed().items():
             mine = getattr(self, name)
+            if mine.dtype != tensor.dtype:  # weighted counts are no whole numbers
+                mine = mine.double()
+                setattr(self, name, mine)
             mine += tensor.to(mine.device)
         self.position = torch.maximum(self.position, other.position.to(self.position.device))
         if self.reservoir is not None and other.reservoir is not None:
             self.reservoir = self.reservoir.merge(other.reservoir)
         if self.outputs is not None and other.outputs is not None:
             self.outputs.add_(other.outputs)
+
+    def copy(self) -> LayerStatistics:
+        """The same numbers in memory of their own."""
+        return LayerStatistics.from_tensors("", self.tensors())
+
+    def scaled(self, weight: float) -> LayerStatistics:
+        """As if every token counted ``weight`` (above 0) times; counts become float64.
+
+        Sampled tokens are as likely as their weight says: a key is divided by it (sequential Poisson sampling, Ohlsson,
+        Journal of Official Statistics 1998).
+        """
+        sums = {name: tensor.double() * weight for name, tensor in self._summed().items()}
+        reservoir = None if self.reservoir is None else self.reservoir.scaled(weight)
+        outputs = None if self.outputs is None else self.outputs.scaled(weight)
+        return replace(self, **sums, reservoir=reservoir, outputs=outputs)
 
     def _summed(self) -> dict[str, Tensor]:
         names = [one.name for one in fields(self) if one.name not in ("position", "reservoir", "outputs")]

@@ -48,6 +48,11 @@ class Reservoir:
         """The same tokens on ``device``."""
         return Reservoir(self.key_ES.to(device), self.input_ESD.to(device), self.gate_ES.to(device))
 
+    def scaled(self, weight: float) -> Reservoir:
+        """The sample with keys divided by ``weight``: in a merge its tokens are that much likelier to stay."""
+        key_ES = (self.key_ES.double() / weight).clamp_(max=float(EMPTY >> 1)).to(torch.int64)
+        return Reservoir(torch.where(self.key_ES == EMPTY, EMPTY, key_ES), self.input_ESD, self.gate_ES)
+
     def offer(self, inputs_TD: Tensor, token_N: Tensor, expert_N: Tensor, gate_N: Tensor, key_N: Tensor) -> Reservoir:
         """Self with N (token, expert) pairs, named by rows of ``inputs_TD``, drawn into it."""
         experts, size = self.key_ES.shape
