@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+import tempfile
+from pathlib import Path
 
 from mcsmoe.calibration import text
 from mcsmoe.calibration.files import load_statistics, save_tensors
+from mcsmoe.calibration.layer_major import DomainBatch, LayerMajor
+from mcsmoe.calibration.states import States
 from mcsmoe.checkpoint.load import load_tokenizer
 from mcsmoe.checkpoint.streaming import Streamed
+from mcsmoe.cli.options import pass_options
 from mcsmoe.console import progress
 from mcsmoe.statistics.routing import RoutingStatistics
-from mcsmoe.types import ExpertWeights, LayerId
 
 
 def batches(source: Streamed, arguments: argparse.Namespace) -> list[text.Batch]:
@@ -30,24 +33,8 @@ def batches(source: Streamed, arguments: argparse.Namespace) -> list[text.Batch]
     )
 
 
-class _Experts(Mapping[LayerId, ExpertWeights]):
-    """The experts of each layer, read when asked for."""
-
-    def __init__(self, source: Streamed) -> None:
-        self.source = source
-
-    def __getitem__(self, layer: LayerId) -> ExpertWeights:
-        return self.source.experts(layer)
-
-    def __iter__(self) -> Iterator[LayerId]:
-        return iter(self.source.layers)
-
-    def __len__(self) -> int:
-        return len(self.source.layers)
-
-
-def statistics(source: Streamed, arguments: argparse.Namespace, saliency: bool) -> RoutingStatistics:
-    """Routing statistics: from a file, or from a forward pass that reads experts as they are called.
+def statistics(source: Streamed, arguments: argparse.Namespace) -> RoutingStatistics:
+    """Routing statistics: from a file or folder, or from a pass that holds one block of the model at a time.
 
     Raises:
         ValueError: there is neither, or the file is of another model.
@@ -57,16 +44,27 @@ def statistics(source: Streamed, arguments: argparse.Namespace, saliency: bool) 
         found.check_layers(source.layers)
         return found
     if arguments.calibration is None:
-        raise ValueError("routing statistics are needed: give --calibration FILE, or --statistics FILE saved before")
-    found = RoutingStatistics(reservoir=arguments.reservoir, seed=arguments.seed)
-    taken = batches(source, arguments)
-    adapter = source.adapter
-    experts = _Experts(source) if saliency else None
-    activations = {layer: adapter.activation(source.model, layer) for layer in source.layers} if saliency else None
-    with source.runnable() as model, adapter.capture(model) as captured:
-        for inputs in progress(taken, "routing statistics", total=len(taken)):
-            model(**inputs, use_cache=False)
-            found.update(captured.batches, experts=experts, activations=activations)
+        raise ValueError(
+            "routing statistics are needed: give --calibration FILE, or --statistics PATH collected before"
+        )
+    given = [DomainBatch("all", inputs) for inputs in batches(source, arguments)]
+    settings = pass_options(arguments)
+    found = RoutingStatistics(settings.reservoir, seed=settings.seed)
+    arguments.out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    # A source of its own: the pass maps files, and the caller goes on with what it has.
+    whole = Streamed(source.folder)
+    with tempfile.TemporaryDirectory(prefix=".states-", dir=arguments.out.resolve().parent) as folder:
+        states = States(Path(folder), settings.cache_memory)
+        major = LayerMajor(whole, given, states, settings)
+        total = sum(len(blocks) for blocks in major.replay.stacks.values())
+        try:
+            with major.open():
+                for block in progress(major.blocks(), "routing statistics", total=total):
+                    found.layers |= {layer: domains["all"].cpu() for layer, domains in block.layers.items()}
+        finally:
+            states.close()
+    # As the model names them, which need not be the order of their calls.
+    found.layers = {layer: found.layers[layer] for layer in source.layers}
     if arguments.save_statistics is not None:
         save_tensors(arguments.save_statistics, found.tensors())
     return found

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     if any(spec.compression is not None for spec in specs.values()):
         raise ValueError(f"{source.folder}: is compressed already")
     calibrated = arguments.calibration is not None or arguments.statistics is not None
-    found = statistics(source, arguments, saliency=False) if calibrated else None
+    found = statistics(source, arguments) if calibrated else None
     settings = {"rank": arguments.rank, "keep": arguments.keep, "activation_aware": calibrated}
     provenance = {"stage": "compress", "tool": "mcsmoe compress", "settings": settings, "parent": source.digest}
     # A layer that merging left alone is left alone here too.

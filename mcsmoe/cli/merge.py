@@ -14,8 +14,8 @@ NAME = "merge"
 HELP = """Merge the experts of a Mixture-of-Experts checkpoint by its routing statistics.
 
 Layers are read, merged and written one at a time: peak memory is that of one sparse layer and its copies. For the
-statistics, what is not an expert stays in memory and experts are read from the files as they are called (--statistics
-skips that pass). Nothing is trained: the workflow recovers what merging loses.
+statistics all rows go through one block of the model after another (--statistics takes those of mcsmoe collect instead).
+Nothing is trained: the workflow recovers what merging loses.
 """
 EXAMPLE = "mcsmoe merge full --calibration train.jsonl --experts 8 --out merged"
 _SETTINGS = ("experts", "similarity", "grouping", "budget", "alignment", "method", "seed")
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     grouping.check(CheckpointLayers(source))
     if source.compact:
         raise ValueError(f"{source.folder}: is compressed already; merge first, then compress")
-    evidence = Evidence(statistics(source, arguments, saliency="saliency" in MERGES[method].needs), {}, {})
+    evidence = Evidence(statistics(source, arguments), {}, {})
     merging.check(evidence)
     align = Aligner(record(AlignmentSettings, arguments), evidence.routing)
     groups = group_layers(CheckpointLayers(source), grouping, evidence, align)

@@ -40,6 +40,7 @@ def add_statistics(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--statistics", type=Path, metavar="PATH", help="statistics collected or saved before, instead")
     group.add_argument("--save-statistics", type=Path, metavar="FILE", help="keep the statistics for other runs")
     group.add_argument("--reservoir", type=int, default=64, help="tokens kept per expert, where they are compared")
+    add_pass(parser)
 
 
 def add_pass(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,7 @@ def blend(domains: Mapping[str, LayerStatistics], weights: Mapping[str, float] |
             factor = weights[name] / sum(weights.values()) * total / tokens[name]
         if factor == 0:
             continue
-        part = one.copy() if factor == 1 else one.scaled(factor)
+        part = one.cpu() if factor == 1 else one.scaled(factor)
         if made is None:
             made = part
         else:

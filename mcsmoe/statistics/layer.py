@@ -144,9 +144,9 @@ class LayerStatistics:
         if self.outputs is not None and other.outputs is not None:
             self.outputs.add_(other.outputs)
 
-    def copy(self) -> LayerStatistics:
-        """The same numbers in memory of their own."""
-        return LayerStatistics.from_tensors("", self.tensors())
+    def cpu(self) -> LayerStatistics:
+        """The same numbers, in main memory and of their own."""
+        return LayerStatistics.from_tensors("", {name: tensor.cpu() for name, tensor in self.tensors().items()})
 
     def scaled(self, weight: float) -> LayerStatistics:
         """As if every token counted ``weight`` (above 0) times; counts become float64.
