@@ -17,8 +17,6 @@ rule collect_gradients:
         gpu=GPUS,
     params:
         code=code("collect_gradients"),
-        launch=LAUNCH,
-        script=script("collect_gradients"),
         device=DEVICE,
         tokens=TOKENS,
         options=as_flags(
@@ -28,7 +26,7 @@ rule collect_gradients:
     message:
         "collect gradients of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {params.device} "
+        "{LAUNCH} --usage {log.usage:q} {SCRIPTS[collect_gradients]:q} "
+        "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device={params.device:q} "
         "--gradients {output.gradients:q} --tokens {params.tokens:q} {params.limits} {params.options} "
         "--log {log.messages:q}"

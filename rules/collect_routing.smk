@@ -18,8 +18,6 @@ rule collect_routing:
         gpu=GPUS,
     params:
         code=code("collect_routing"),
-        launch=LAUNCH,
-        script=script("collect_routing"),
         device=DEVICE,
         tokens=TOKENS,
         options=options("calibration"),
@@ -28,8 +26,8 @@ rule collect_routing:
     message:
         "collect routing statistics of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device {params.device} "
+        "{LAUNCH} --usage {log.usage:q} {SCRIPTS[collect_routing]:q} "
+        "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device={params.device:q} "
         "--table {output.table:q} --statistics {output.statistics:q} "
         "--tokens {params.tokens:q} {params.limits} {params.options} {params.extras} "
         "--log {log.messages:q}"

@@ -29,12 +29,20 @@ from mcsmoe import methods
 from mcsmoe.workflow import provenance
 from mcsmoe.workflow import forkserver
 from mcsmoe.workflow.options import as_flags
-from mcsmoe.workflow.run import described_in, hold_lock, names_by_task, task_files
+from mcsmoe.tracking.address import store_name
+from mcsmoe.workflow.provenance import digest_of
+from mcsmoe.workflow.run import (
+    described_in,
+    hold_lock,
+    names_by_task,
+    task_files,
+)
 
 try:
     CONFIG = configuration.complete(config)
     METHODS = methods.resolve(CONFIG)
     TASKS = names_by_task(CONFIG["tasks"])
+    STORE = store_name(CONFIG["results"])
 except ValueError as error:
     raise WorkflowError(f"configuration: {error}")
 
@@ -48,7 +56,21 @@ CONFIG_JSON = json.dumps(CONFIG, sort_keys=True)
 RUN = f"{RESULTS}/{{task}}/seed{{seed}}"
 STATE = f"{RESULTS}/.state"
 TOKENS = f"{STATE}/tokens"
-SCRIPTS = f"{workflow.basedir}/workflow_scripts"
+# The stages' scripts as seen from the working folder. They and the launcher stand in the shell lines and not in `params`,
+# whose values Snakemake compares: where a project lies is no reason to run anything again.
+SCRIPTS = {
+    file.stem: os.path.relpath(file)
+    for file in Path(workflow.basedir, "workflow_scripts").glob("*.py")
+}
+# What the report is drawn with, beside code.
+REPORT_FILES = [
+    Path(workflow.basedir, "mcsmoe/report", name)
+    for name in (
+        "templates/report.html.j2",
+        "published/scores.csv",
+        "published/examples.csv",
+    )
+]
 # How jobs are started: a fork of a process that has torch and transformers loaded, where the workflow keeps one; always an
 # interpreter of their own, where they need neither or are measured; and several processes that train together.
 LAUNCHER = os.path.relpath(f"{workflow.basedir}/mcsmoe/workflow/launch.py")
@@ -75,12 +97,7 @@ TRAIN_ON_TASK = ("finetune", "recover", "compress")
 
 def code(name):
     """Digest of a stage's script and of every module it uses: a change reruns the rule."""
-    return provenance.code_digest(f"{SCRIPTS}/{name}.py")
-
-
-def script(name):
-    """A stage's script as seen from the working folder, so that a project that was moved reruns nothing."""
-    return os.path.relpath(f"{SCRIPTS}/{name}.py")
+    return provenance.code_digest(SCRIPTS[name])
 
 
 def options(section, **changes):

@@ -22,8 +22,6 @@ rule compress:
         gpu=GPUS * PROCESSES,
     params:
         code=code("compress"),
-        launch=TOGETHER,
-        script=script("compress"),
         device=DEVICE,
         given=given("teacher", "routing"),
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-compressed",
@@ -36,9 +34,9 @@ rule compress:
     message:
         "compress {wildcards.variant} {wildcards.experts}e on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
-        "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
+        "{TOGETHER} --usage {log.usage:q} {SCRIPTS[compress]:q} "
+        "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
+        "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.method} {params.excluded} "
         "{params.given} --log {log.messages:q}"

@@ -18,8 +18,6 @@ rule evaluate:
         gpu=GPUS,
     params:
         code=code("evaluate"),
-        launch=LAUNCH,
-        script=script("evaluate"),
         device=DEVICE,
         task=lambda wildcards: TASKS[wildcards.task],
         names=labels_of,
@@ -28,9 +26,9 @@ rule evaluate:
     message:
         "evaluate {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --task {params.task:q} --examples {input.examples:q} "
-        "--seed {wildcards.seed} {params.names} --device {params.device} "
+        "{LAUNCH} --usage {log.usage:q} {SCRIPTS[evaluate]:q} "
+        "--model {input.model:q} --task={params.task:q} --examples {input.examples:q} "
+        "--seed {wildcards.seed} {params.names} --device={params.device:q} "
         "--predictions {output.predictions:q} --metrics {output.metrics:q} "
         "{params.limits} {params.options} "
         "--log {log.messages:q}"

@@ -20,8 +20,6 @@ rule finetune:
         gpu=GPUS * PROCESSES,
     params:
         code=code("finetune"),
-        launch=TOGETHER,
-        script=script("finetune"),
         device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/full",
         tokens=TOKENS,
@@ -32,9 +30,9 @@ rule finetune:
     message:
         "fine-tune the full model on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
-        "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
+        "{TOGETHER} --usage {log.usage:q} {SCRIPTS[finetune]:q} "
+        "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
+        "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} "
         "{params.dense} "
@@ -56,8 +54,6 @@ use rule finetune as finetune_dense with:
         usage=f"{BENCHMARKS}/finetune/{{task}}-seed{{seed}}-{{variant}}.tsv",
     params:
         code=code("finetune"),
-        launch=TOGETHER,
-        script=script("finetune"),
         device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}",
         tokens=TOKENS,

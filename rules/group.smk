@@ -16,15 +16,13 @@ rule group:
         runtime=60,
     params:
         code=code("group"),
-        launch=LAUNCH,
-        script=script("group"),
         given=given("gradients", "permutation"),
         method=method_options("similarity", "grouping", "budget", "linkage", "merge"),
         options=grouping_options,
     message:
         "group the experts of {wildcards.task} for {wildcards.variant}, {wildcards.experts} on average, seed {wildcards.seed}"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
+        "{LAUNCH} --usage {log.usage:q} {SCRIPTS[group]:q} "
         "--model {input.model:q} --routing {input.routing:q} --seed {wildcards.seed} "
         "--experts {wildcards.experts} --similarity-table {output.similarity:q} --groups {output.groups:q} "
         "{params.method} {params.options} "

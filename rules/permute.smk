@@ -16,15 +16,13 @@ rule permute:
         runtime=60,
     params:
         code=code("permute"),
-        launch=LAUNCH,
-        script=script("permute"),
         given=given("routing"),
         alignment=lambda wildcards: (wildcards.how or "-weight")[1:],
         options=as_flags({"threads": CONFIG["merge"]["threads"]}),
     message:
         "align the experts of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --alignment {params.alignment} "
+        "{LAUNCH} --usage {log.usage:q} {SCRIPTS[permute]:q} "
+        "--model {input.model:q} --alignment={params.alignment:q} "
         "--out {output.model:q} --permutation {output.permutation:q} {params.options} "
         "{params.given} --log {log.messages:q}"

@@ -17,8 +17,6 @@ rule prepare:
         gpu=GPUS * PROCESSES,
     params:
         code=code("prepare"),
-        launch=TOGETHER,
-        script=script("prepare"),
         device=DEVICE,
         state=f"{STATE}/base/seed{{seed}}",
         source=model_source(CHECKPOINT),
@@ -26,8 +24,8 @@ rule prepare:
     message:
         "prepare the base model, seed {wildcards.seed}"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
-        "{params.source} --seed {wildcards.seed} --device {params.device} "
+        "{TOGETHER} --usage {log.usage:q} {SCRIPTS[prepare]:q} "
+        "{params.source} --seed {wildcards.seed} --device={params.device:q} "
         "--model {output.model:q} --training {output.training:q} --state {params.state:q} "
         "{params.options} "
         "--log {log.messages:q}"
@@ -45,8 +43,6 @@ use rule prepare as prepare_dense with:
         usage=f"{BENCHMARKS}/prepare/seed{{seed}}-dense.tsv",
     params:
         code=code("prepare"),
-        launch=TOGETHER,
-        script=script("prepare"),
         device=DEVICE,
         state=f"{STATE}/base/seed{{seed}}-dense",
         source=model_source(DENSE_CHECKPOINT, dense=True),

@@ -17,17 +17,16 @@ rule prepare_data:
         runtime=20,
     params:
         code=code("prepare_data"),
-        launch=FRESH,
-        script=script("prepare_data"),
         task=lambda wildcards: TASKS[wildcards.task],
+        described=lambda wildcards: digest_of(described_in(TASKS[wildcards.task])),
         source=raw_source,
         protocol=as_flags({"protocol": CONFIG["evaluate"]["protocol"]}),
         options=data_options("train_rows", "validation_rows", "selection_rows"),
     message:
         "prepare the examples of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
-        "--task {params.task:q} {params.source} --seed {wildcards.seed} "
+        "{FRESH} --usage {log.usage:q} {SCRIPTS[prepare_data]:q} "
+        "--task={params.task:q} {params.source} --seed {wildcards.seed} "
         "--train {output.train:q} --selection {output.selection:q} --validation {output.validation:q} "
         "{params.options} {params.protocol} "
         "--log {log.messages:q}"

@@ -27,8 +27,6 @@ rule prune:
         gpu=GPUS * PROCESSES,
     params:
         code=code("prune"),
-        launch=TOGETHER,
-        script=script("prune"),
         device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-pruned",
         tokens=TOKENS,
@@ -44,9 +42,9 @@ rule prune:
     message:
         "fine-tune on {wildcards.task} while all but {wildcards.experts} experts fall away, seed {wildcards.seed}"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
-        "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
+        "{TOGETHER} --usage {log.usage:q} {SCRIPTS[prune]:q} "
+        "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
+        "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
         "--experts {wildcards.experts} --groups {output.groups:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.pruning} "

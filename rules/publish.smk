@@ -16,15 +16,14 @@ rule publish:
         runtime=60,
     params:
         code=code("publish"),
-        launch=FRESH,
-        script=script("publish"),
+        store=STORE,
         results=lambda wildcards: RESULTS,
         runs=RUN_LIST,
         configuration=CONFIG_JSON,
     message:
         "publish to MLflow"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
+        "{FRESH} --usage {log.usage:q} {SCRIPTS[publish]:q} "
         "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
         "--summary {input.summary:q} --marker {output.marker:q} "
         "--log {log.messages:q}"

@@ -21,8 +21,6 @@ rule recover:
         gpu=GPUS * PROCESSES,
     params:
         code=code("recover"),
-        launch=TOGETHER,
-        script=script("recover"),
         device=DEVICE,
         given=given("teacher"),
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-recovered",
@@ -34,9 +32,9 @@ rule recover:
     message:
         "win the quality of {wildcards.variant} {wildcards.experts}e back on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --task {params.task:q} --train {input.train:q} "
-        "--selection {input.selection:q} --seed {wildcards.seed} --device {params.device} "
+        "{TOGETHER} --usage {log.usage:q} {SCRIPTS[recover]:q} "
+        "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
+        "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.method} "
         "{params.given} --log {log.messages:q}"

@@ -2,11 +2,6 @@ rule summarise:
     # One table of everything, and the report.
     input:
         unpack(everything_measured),
-        template=f"{workflow.basedir}/mcsmoe/report/templates/report.html.j2",
-        published=[
-            f"{workflow.basedir}/mcsmoe/report/published/{name}.csv"
-            for name in ("scores", "examples")
-        ],
     output:
         summary=f"{RESULTS}/summary.parquet",
         report=f"{RESULTS}/report.html",
@@ -21,8 +16,7 @@ rule summarise:
         runtime=30,
     params:
         code=code("summarise"),
-        launch=FRESH,
-        script=script("summarise"),
+        drawn_with=digest_of(*REPORT_FILES),
         results=lambda wildcards: RESULTS,
         benchmarks=BENCHMARKS,
         runs=RUN_LIST,
@@ -30,7 +24,7 @@ rule summarise:
     message:
         "summarise and report"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
+        "{FRESH} --usage {log.usage:q} {SCRIPTS[summarise]:q} "
         "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
         "--benchmarks {params.benchmarks:q} --summary {output.summary:q} --report {output.report:q} "
         "--log {log.messages:q}"

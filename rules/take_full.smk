@@ -15,11 +15,9 @@ rule take_full:
         runtime=60,
     params:
         code=code("take_full"),
-        launch=FRESH,
-        script=script("take_full"),
     message:
         "take the checkpoint as the full model of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{params.launch} --usage {log.usage:q} {params.script:q} "
+        "{FRESH} --usage {log.usage:q} {SCRIPTS[take_full]:q} "
         "--model {input.model:q} --out {output.model:q} "
         "--log {log.messages:q}"

@@ -26,12 +26,16 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.artefacts.tables import read_table
     from mcsmoe.results.read import Results
     from mcsmoe.tracking import store as tracking
+    from mcsmoe.tracking.address import store_of, without_credentials
     from mcsmoe.tracking.build import records
 
     found = Results.read(arguments.results, arguments.runs, arguments.configuration)
     made = records(found, read_table(arguments.summary, "summary"))
     done = tracking.publish(None, arguments.results, made)
-    write_json(arguments.marker, {"store": tracking.store_of(arguments.results), "runs": [vars(one) for one in done]})
+    write_json(
+        arguments.marker,
+        {"store": without_credentials(store_of(arguments.results)), "runs": [vars(one) for one in done]},
+    )
     counts = {action: sum(one.action == action for one in done) for action in ("created", "replaced", "unchanged")}
     console.log.info("published: %s", ", ".join(f"{count} {action}" for action, count in counts.items()))
 

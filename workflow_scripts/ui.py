@@ -20,10 +20,15 @@ def parse() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    from mcsmoe.tracking.store import check_published, embedded_uri, store_of, ui_command
+    from mcsmoe.tracking.address import embedded_uri, store_of, without_credentials
+    from mcsmoe.tracking.store import check_published, ui_command
 
-    if store_of(arguments.results) == embedded_uri(arguments.results):
+    uri = store_of(arguments.results)
+    if uri == embedded_uri(arguments.results):
         check_published(arguments.results)
+    elif uri.startswith(("http://", "https://")):
+        print(f"the runs are on a server: open {without_credentials(uri)} in a browser")
+        return
     words = shlex.split(ui_command(arguments.results, port=arguments.port))
     os.execvp(words[0], words)
 

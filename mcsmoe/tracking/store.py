@@ -27,6 +27,7 @@ from urllib.parse import quote, unquote, urlparse
 
 from mcsmoe.artefacts.atomic import atomic_file, explained, unwritable
 from mcsmoe.console import progress
+from mcsmoe.tracking.address import DATABASE, EMBEDDED, embedded_uri, store_of, without_credentials
 from mcsmoe.tracking.record import RunRecord, content_digest, final_metrics, flatten, points, write_artefacts
 
 __all__ = [
@@ -43,9 +44,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-DATABASE, ARTIFACTS, MARKER = "mlflow.db", "mlartifacts", "published.json"
+ARTIFACTS, MARKER = "mlartifacts", "published.json"
 _KEY, _ORIGIN, _DIGEST = "workflow.key", "workflow.origin", "workflow.digest"
-_EMBEDDED = "embedded"
 _METRICS_PER_CALL, _VALUES_PER_CALL = 1000, 100  # limits of MLflow's REST interface
 
 # Read when mlflow is imported. Nothing leaves the machine; a dead server is reported in seconds, not minutes.
@@ -67,22 +67,12 @@ class Publication:
     action: str
 
 
-# -- where it goes -----------------------------------------------------------------------------------------------
-def embedded_uri(results: str | Path) -> str:
-    """URI of the SQLite store in a results folder."""
-    return f"sqlite:///{Path(results).resolve() / DATABASE}"
-
-
-def store_of(results: str | Path, store_uri: str | None = None) -> str:
-    """The store to publish to: the one given, else ``MLFLOW_TRACKING_URI``, else the embedded one of ``results``."""
-    return store_uri or os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri(results)
-
-
+# -- how to look at it -------------------------------------------------------------------------------------------
 def ui_command(results: str | Path, store_uri: str | None = None, port: int = 5000) -> str:
     """The shell command that opens the MLflow UI on this machine only; for a server, where to find it."""
     uri = store_of(results, store_uri)
     if urlparse(uri).scheme in ("http", "https"):
-        return f"open {shlex.quote(uri)} in a browser"
+        return f"open {shlex.quote(without_credentials(uri))} in a browser"
     beside = Path(sys.executable).with_name("mlflow")
     program = "mlflow" if shutil.which("mlflow") in (None, str(beside)) and not beside.exists() else str(beside)
     # Job runners of the server serve its hosted-model features only and cost memory and start-up time.
@@ -120,7 +110,7 @@ class _Store:
         self.results, self.embedded = results, uri == embedded_uri(results)
         self.root = results / ARTIFACTS
         self.pictures: dict[str, bytes] = {}
-        self.origin = _EMBEDDED if self.embedded else hashlib.sha256(str(results).encode()).hexdigest()[:16]
+        self.origin = EMBEDDED if self.embedded else hashlib.sha256(str(results).encode()).hexdigest()[:16]
         try:
             if self.embedded and not (results / DATABASE).exists():
                 self._found(results / DATABASE)
@@ -134,7 +124,8 @@ class _Store:
                 if self.embedded
                 else "start the server, or unset MLFLOW_TRACKING_URI to use the embedded store"
             )
-            raise ValueError(f"the MLflow store {uri} does not answer ({error}); {remedy}") from error
+            name, why = without_credentials(uri), str(error).replace(uri, without_credentials(uri)).splitlines()
+            raise ValueError(f"the MLflow store {name} does not answer ({' '.join(why[:1])}); {remedy}") from error
         if self.embedded:
             _relocate(results / DATABASE, self.root)
 

@@ -68,7 +68,11 @@ def record(kind: type[Record], arguments: argparse.Namespace, **others: Any) -> 
 
 
 def as_flags(values: Mapping[str, Any]) -> str:
-    """``values`` as they are typed on a command line; a null leaves its option out."""
+    """``values`` as they are typed on a command line, quoted for a shell; a null leaves its option out.
+
+    Raises:
+        ValueError: a list with a value that would be read as an option; names the key and the value.
+    """
     words: list[str] = []
     for key, value in values.items():
         if value is None:
@@ -76,10 +80,15 @@ def as_flags(values: Mapping[str, Any]) -> str:
         if isinstance(value, bool):
             words.append(flag(key) if value else "--no-" + key.replace("_", "-"))
         elif isinstance(value, (list, tuple)):
+            options = [text for text in map(str, value) if text.startswith("-")]
+            if options:
+                raise ValueError(f"{key} holds {options[0]!r}, which reads as an option; a path may begin with './'")
             if value:
                 words += [flag(key), *map(str, value)]
         elif not isinstance(value, Mapping):
-            words += [flag(key), str(value)]
+            # One word where the value begins as an option does.
+            text = str(value)
+            words += [f"{flag(key)}={text}"] if text.startswith("-") else [flag(key), text]
     return shlex.join(words)
 
 

@@ -63,3 +63,16 @@ def code_digest(script: str | Path) -> str:
         digest.update(str(file.relative_to(ROOT)).encode() + b"\0")
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def digest_of(*files: str | Path) -> str:
+    """First 16 hexadecimal digits of the SHA-256 over what ``files`` hold, wherever they lie.
+
+    A rule's parameter in the place of an input whose path tells where the project or the library is, and would rerun
+    everything once that is moved.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        content = Path(file).read_bytes()
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()[:16]

@@ -2,20 +2,17 @@
 
 
 def raw_data(wildcards):
-    """The task's own file, and the files its rows are read from; no rows' where they come from the hub."""
-    source, task = CONFIG["data"]["source"], TASKS[wildcards.task]
-    described = {"described": str(described_in(task))}
+    """The files that the rows of a task are read from; none where they come from the hub."""
+    source = CONFIG["data"]["source"]
     if source == "hub":
-        return described
+        return {}
     if source == "synthetic":
-        return described | {
+        return {
             split: f"{RESULTS}/data/{wildcards.task}/{split}.parquet"
             for split in ("train", "validation")
         }
-    return described | {
-        split: str(path)
-        for split, path in task_files(CONFIG["data"]["folder"], task).items()
-    }
+    found = task_files(CONFIG["data"]["folder"], TASKS[wildcards.task])
+    return {split: str(path) for split, path in found.items()}
 
 
 def data_options(*keys):
@@ -32,9 +29,7 @@ def raw_source(wildcards, input):
     """Where prepare_data reads, as command-line options."""
     if CONFIG["data"]["source"] == "hub":
         return "--hub"
-    return shlex.join(
-        ["--train-file", str(input.train), "--validation-file", str(input.validation)]
-    )
+    return as_flags({"train_file": input.train, "validation_file": input.validation})
 
 
 def pretraining_input(given):
@@ -61,17 +56,16 @@ def model_source(given, dense=False):
     """The checkpoint to take, or what a model is built and pre-trained from, as command-line options."""
 
     def made(wildcards, input):
-        words = ["--dense"] if dense else []
+        words = {"dense": True} if dense else {}
         if given is not None:
-            return shlex.join([*words, "--checkpoint", given])
-        words += ["--corpus-seed", str(CONFIG["data"]["seed"])]
+            return as_flags({**words, "checkpoint": given})
+        words["corpus_seed"] = CONFIG["data"]["seed"]
         if "examples" in input.keys():
             examples = input.examples
-            words += [
-                "--examples",
-                *([examples] if isinstance(examples, str) else examples),
-            ]
-        return shlex.join(words)
+            words["examples"] = (
+                [examples] if isinstance(examples, str) else list(examples)
+            )
+        return as_flags(words)
 
     return made
 
