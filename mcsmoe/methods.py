@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
+from mcsmoe.artefacts.names import TAKEN_BY_RUN, check_folder_name
+
 FULL = "full"
 DENSE = "dense"
 
@@ -201,6 +203,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Method]:
     """
     known = dict(BUILTIN)
     for name, changes in config["methods"].items():
+        check_folder_name("methods: the name", name, TAKEN_BY_RUN)
         settings = dict(changes)
         base = settings.pop("base", None)
         if base is not None:

@@ -183,7 +183,7 @@ def test_unknown_task_lists_the_known_ones() -> None:
         ({"protocol": "generate"}, "needs references"),
         ({"choices": "[text, other]"}, "choices uses 'other'"),
         ({"hub": {"repository": "a/b"}}, "hub is {'repository': 'a/b'}, with a field missing"),
-        ({"name": "a/b"}, "may hold no '/'"),
+        ({"name": "a/b"}, "cannot name a folder"),
     ],
 )
 def test_bad_task_files(tmp_path: Path, changes: dict[str, Any], part: str) -> None:

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from mcsmoe.artefacts.names import TAKEN_BY_RESULTS, check_folder_name
 from mcsmoe.data.columns import as_columns
 from mcsmoe.data.lines import shown
 from mcsmoe.data.task import Hub, Published, Task
@@ -77,8 +78,7 @@ def _read(path: Path) -> Task:
     for field in ("name", "description", "prompt", "protocol", "idx", "group", "label", "references", "compat_prompt"):
         if raw.get(field) is not None and not isinstance(raw[field], str):
             raise ValueError(f"{where}: {field} is {shown(raw[field])}, which is not text; write it in quotes")
-    if "/" in raw["name"]:
-        raise ValueError(f"{where}: name is {raw['name']!r}, which names a folder of results and may hold no '/'")
+    check_folder_name(f"{where}: name", raw["name"], TAKEN_BY_RESULTS)
     _one_of(raw["protocol"], PROTOCOLS, f"{where}: protocol")
     if not isinstance(raw["metrics"], list):
         raise ValueError(f"{where}: metrics is {shown(raw['metrics'])}, not a list; write the main metric first")

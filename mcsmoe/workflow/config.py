@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mcsmoe import methods
+from mcsmoe.workflow import consistency
+from mcsmoe.workflow.given_model import num_experts, read_fields
+from mcsmoe.workflow.plain import plain
 from mcsmoe.workflow.schema import fill, schema, section
 
-_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ROWS = ("train_rows", "validation_rows", "selection_rows")
 
 
@@ -25,6 +27,10 @@ def _field(error: Any) -> str:
     for step in error.absolute_path:
         path += f"[{step}]" if isinstance(step, int) else (f".{step}" if path else str(step))
     return path or "the configuration"
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 def _message(error: Any) -> str:
@@ -60,6 +66,10 @@ def _message(error: Any) -> str:
         return f"{field} is {value}; it must be {bounds[kind]} {rule}{about}"
     if kind == "minItems":
         return f"{field} is empty; list at least {rule}{about}"
+    if kind in ("minLength", "maxLength"):
+        return f"{field} is {_shown(value)}, which is {'empty' if not value else 'too long'}{about}; correct it"
+    if kind == "pattern":
+        return f"{field} is {_shown(value)}; {error.schema.get('x-remedy', 'correct it')}{about}"
     if kind == "uniqueItems":
         return f"{field} is {json.dumps(value)}, which names one twice; leave the second out"
     return f"{field}: {error.message}{about}"
@@ -75,35 +85,32 @@ def _expand(text: str) -> str:
     return os.path.expanduser(os.path.expandvars(re.sub(r"\$\{(\w+):-([^}]*)\}", found, text)))
 
 
-# -- checks that no schema can say -------------------------------------------------------------------------------
-def num_experts(config: Mapping[str, Any]) -> int | None:
-    """E of the configured model; None where only the hub knows.
+def _path(field: str, text: str) -> str:
+    """A path as it is used: variables expanded, and nothing in it that a pattern of paths or an option is made of.
 
     Raises:
-        ValueError: the checkpoint folder is not one, or its model has no experts; names it.
+        ValueError: names the field, the value and the remedy.
     """
-    checkpoint = config["model"]["checkpoint"]
-    if checkpoint is None:
-        return int(config["model"]["architecture"]["num_experts"])
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        if folder.is_absolute() or str(checkpoint).startswith(".") or str(checkpoint).count("/") > 1:
-            raise ValueError(f"model.checkpoint is {checkpoint!r}, and there is no such folder; correct the path")
-        return None
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"model.checkpoint is {checkpoint!r}, a folder without config.json; name a model's folder")
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"model.checkpoint: {file} is not JSON ({error}); fetch the checkpoint again") from error
-    for name in _EXPERT_FIELDS:
-        if isinstance(fields.get(name), int) and fields[name] > 1:
-            return int(fields[name])
-    raise ValueError(
-        f"model.checkpoint is {checkpoint!r}, a {fields.get('model_type', 'model')!r} without experts; "
-        "name a Mixture-of-Experts checkpoint"
-    )
+    found = _expand(text)
+    if not found or found.startswith("-") or any(letter in found for letter in "{}"):
+        told = f" (from {text!r})" if found != text else ""
+        raise ValueError(
+            f"{field} is {_shown(found)}{told}; a path here is not empty, begins with no hyphen and has no braces: rename or "
+            "link it"
+        )
+    return found
+
+
+# -- checks that no schema can say -------------------------------------------------------------------------------
+def _results(folder: str) -> None:
+    """Refuse a folder of results that is no folder, or lies below what is none."""
+    for place in (Path(folder), *Path(folder).parents):
+        try:
+            is_other = place.exists() and not place.is_dir()
+        except OSError as error:
+            raise ValueError(f"results is {_shown(folder)}, which cannot be looked at ({error.strerror})") from error
+        if is_other:
+            raise ValueError(f"results is {_shown(folder)}, but {str(place)!r} is not a folder; choose another name")
 
 
 def _sources(config: dict[str, Any]) -> None:
@@ -111,7 +118,7 @@ def _sources(config: dict[str, Any]) -> None:
 
     data = config["data"]
     if data["folder"] is not None:
-        data["folder"] = _expand(data["folder"])
+        data["folder"] = _path("data.folder", data["folder"])
     if data["source"] == "files" and not data["folder"]:
         raise ValueError("data.folder is not set, but data.source is 'files'; name the folder that holds the tasks")
     for name in config["tasks"]:
@@ -124,7 +131,7 @@ def _sources(config: dict[str, Any]) -> None:
                 "set fewer rows aside"
             )
     pretrain = config["pretrain"]
-    pretrain["files"] = [_expand(file) for file in pretrain["files"]]
+    pretrain["files"] = [_path(f"pretrain.files[{i}]", file) for i, file in enumerate(pretrain["files"])]
     if config["model"]["checkpoint"] is None:
         if pretrain["corpus"] == "files" and not pretrain["files"]:
             raise ValueError("pretrain.files is empty, but pretrain.corpus is 'files'; list the files to read")
@@ -152,11 +159,7 @@ def _methods(config: Mapping[str, Any]) -> None:
     for name in config["variants"]:
         methods.require_known("variants", name, known)
     total = num_experts(config)
-    for count in config["experts"]:
-        if total is not None and count > total:
-            raise ValueError(
-                f"experts is {config['experts']}, but the model has {total} experts a layer; keep at most {total}"
-            )
+    consistency.check_groups(config, known, total)
     if any(known[name].merge or known[name].parent for name in config["variants"]) and not config["experts"]:
         raise ValueError("experts is empty, but variants that merge are configured; say how many experts to keep")
     given = config["model"]
@@ -165,11 +168,18 @@ def _methods(config: Mapping[str, Any]) -> None:
             f"variants names a dense model, and model.checkpoint is {given['checkpoint']!r}, from which none can be made; "
             "name the model to compare with in model.dense_checkpoint, or leave the variant out"
         )
-    if config["compress"]["initial_fraction"] + config["compress"]["final_fraction"] >= 1:
-        raise ValueError(
-            f"compress.initial_fraction is {config['compress']['initial_fraction']} and compress.final_fraction "
-            f"{config['compress']['final_fraction']}; together they must leave steps to prune in (below 1)"
-        )
+    consistency.check(config, known)
+
+
+def _whole_per_task(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by task, with the types their sections have."""
+    return {
+        task: {
+            stage: fill(settings, {"properties": {key: {"type": section(stage)[key].get("type")} for key in settings}})
+            for stage, settings in changes.items()
+        }
+        for task, changes in given.items()
+    }
 
 
 def _per_task(config: Mapping[str, Any]) -> Iterator[str]:
@@ -198,18 +208,22 @@ def complete(given: Mapping[str, Any], check_data: bool = True) -> dict[str, Any
 
     if not isinstance(given, Mapping):
         raise ValueError(f"the configuration is {given!r}, not a mapping of keys to values")
-    plain = json.loads(json.dumps(given))
-    errors = sorted(Draft202012Validator(schema()).iter_errors(plain), key=lambda error: list(map(str, error.path)))
+    values = plain(given)
+    errors = sorted(Draft202012Validator(schema()).iter_errors(values), key=lambda error: list(map(str, error.path)))
     if errors:
         raise ValueError(_message(errors[0]))
-    config: dict[str, Any] = fill(plain, schema())
+    config: dict[str, Any] = fill(values, schema())
     for message in _per_task(config):
         raise ValueError(message)
+    config["per_task"] = _whole_per_task(config["per_task"])
+    config["results"] = os.path.normpath(config["results"])
     for key in ("checkpoint", "dense_checkpoint"):
         if config["model"][key] is not None:
-            config["model"][key] = _expand(config["model"][key])
+            config["model"][key] = _path(f"model.{key}", config["model"][key])
+            read_fields(f"model.{key}", config["model"][key])
     _methods(config)
     if check_data:
+        _results(config["results"])
         _sources(config)
     return config
 

@@ -48,7 +48,12 @@ def method() -> dict[str, dict[str, Any]]:
 
 
 def fill(value: Any, part: Mapping[str, Any]) -> Any:
-    """``value`` with the defaults of schema ``part`` for the keys it lacks."""
+    """``value`` with the defaults of schema ``part`` for the keys it lacks, and 2.0 as 2 where a whole number is meant."""
+    kinds = part.get("type", ())
+    if isinstance(value, float) and "integer" in ([kinds] if isinstance(kinds, str) else kinds):
+        return int(value)
+    if isinstance(value, list) and "items" in part:
+        return [fill(inner, part["items"]) for inner in value]
     if not isinstance(value, dict) or "properties" not in part:
         return value
     filled = dict(value)
