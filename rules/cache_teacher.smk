@@ -17,6 +17,9 @@ rule cache_teacher:
         gpu=GPUS,
     params:
         code=code("cache_teacher"),
+        launcher=LAUNCHER,
+        launch=LAUNCH,
+        script=script("cache_teacher"),
         device=DEVICE,
         tokens=TOKENS,
         options=as_flags(
@@ -26,7 +29,7 @@ rule cache_teacher:
     message:
         "cache the teacher of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{LAUNCH} --usage {log.usage:q} {SCRIPTS[cache_teacher]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --train {input.train:q} --device={params.device:q} "
         "--out {output.teacher:q} --tokens {params.tokens:q} {params.limits} {params.options} "
         "--log {log.messages:q}"

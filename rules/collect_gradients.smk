@@ -17,6 +17,9 @@ rule collect_gradients:
         gpu=GPUS,
     params:
         code=code("collect_gradients"),
+        launcher=LAUNCHER,
+        launch=LAUNCH,
+        script=script("collect_gradients"),
         device=DEVICE,
         tokens=TOKENS,
         options=as_flags(
@@ -26,7 +29,7 @@ rule collect_gradients:
     message:
         "collect gradients of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{LAUNCH} --usage {log.usage:q} {SCRIPTS[collect_gradients]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device={params.device:q} "
         "--gradients {output.gradients:q} --tokens {params.tokens:q} {params.limits} {params.options} "
         "--log {log.messages:q}"

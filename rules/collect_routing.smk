@@ -18,6 +18,9 @@ rule collect_routing:
         gpu=GPUS,
     params:
         code=code("collect_routing"),
+        launcher=LAUNCHER,
+        launch=LAUNCH,
+        script=script("collect_routing"),
         device=DEVICE,
         tokens=TOKENS,
         options=options("calibration"),
@@ -26,7 +29,7 @@ rule collect_routing:
     message:
         "collect routing statistics of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{LAUNCH} --usage {log.usage:q} {SCRIPTS[collect_routing]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device={params.device:q} "
         "--table {output.table:q} --statistics {output.statistics:q} "
         "--tokens {params.tokens:q} {params.limits} {params.options} {params.extras} "

@@ -56,11 +56,8 @@ CONFIG_JSON = json.dumps(CONFIG, sort_keys=True)
 RUN = f"{RESULTS}/{{task}}/seed{{seed}}"
 STATE = f"{RESULTS}/.state"
 TOKENS = f"{STATE}/tokens"
-# The stages' scripts as seen from the working folder. They and the launcher stand in the shell lines and not in `params`,
-# whose values Snakemake compares: where a project lies is no reason to run anything again.
 SCRIPTS = {
-    file.stem: os.path.relpath(file)
-    for file in Path(workflow.basedir, "workflow_scripts").glob("*.py")
+    file.stem: file for file in Path(workflow.basedir, "workflow_scripts").glob("*.py")
 }
 # What the report is drawn with, beside code.
 REPORT_FILES = [
@@ -73,10 +70,11 @@ REPORT_FILES = [
 ]
 # How jobs are started: a fork of a process that has torch and transformers loaded, where the workflow keeps one; always an
 # interpreter of their own, where they need neither or are measured; and several processes that train together.
-LAUNCHER = os.path.relpath(f"{workflow.basedir}/mcsmoe/workflow/launch.py")
-LAUNCH = f"python -S -E {shlex.quote(LAUNCHER)}"
-FRESH = f"{LAUNCH} --fresh"
-TOGETHER = LAUNCH if PROCESSES == 1 else f"{LAUNCH} --processes {PROCESSES}"
+# As options of the launcher.
+LAUNCH = ""
+FRESH = "--fresh"
+TOGETHER = LAUNCH if PROCESSES == 1 else f"--processes {PROCESSES}"
+LAUNCHER = Path(os.path.relpath(f"{workflow.basedir}/mcsmoe/workflow/launch.py"))
 CHECKPOINT = CONFIG["model"]["checkpoint"]
 DENSE_CHECKPOINT = CONFIG["model"]["dense_checkpoint"]
 EXPERTS_IN_MODEL = configuration.num_experts(CONFIG)
@@ -98,6 +96,14 @@ TRAIN_ON_TASK = ("finetune", "recover", "compress")
 def code(name):
     """Digest of a stage's script and of every module it uses: a change reruns the rule."""
     return provenance.code_digest(SCRIPTS[name])
+
+
+def script(name):
+    """A stage's script as seen from the working folder.
+
+    A path and not text: Snakemake compares parameters that are text, and a project that was moved must rerun nothing.
+    """
+    return Path(os.path.relpath(SCRIPTS[name]))
 
 
 def options(section, **changes):

@@ -22,6 +22,9 @@ rule compress:
         gpu=GPUS * PROCESSES,
     params:
         code=code("compress"),
+        launcher=LAUNCHER,
+        launch=TOGETHER,
+        script=script("compress"),
         device=DEVICE,
         given=given("teacher", "routing"),
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-compressed",
@@ -34,7 +37,7 @@ rule compress:
     message:
         "compress {wildcards.variant} {wildcards.experts}e on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{TOGETHER} --usage {log.usage:q} {SCRIPTS[compress]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "

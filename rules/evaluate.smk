@@ -18,6 +18,9 @@ rule evaluate:
         gpu=GPUS,
     params:
         code=code("evaluate"),
+        launcher=LAUNCHER,
+        launch=LAUNCH,
+        script=script("evaluate"),
         device=DEVICE,
         task=lambda wildcards: TASKS[wildcards.task],
         names=labels_of,
@@ -26,7 +29,7 @@ rule evaluate:
     message:
         "evaluate {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{LAUNCH} --usage {log.usage:q} {SCRIPTS[evaluate]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --task={params.task:q} --examples {input.examples:q} "
         "--seed {wildcards.seed} {params.names} --device={params.device:q} "
         "--predictions {output.predictions:q} --metrics {output.metrics:q} "

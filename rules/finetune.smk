@@ -20,6 +20,9 @@ rule finetune:
         gpu=GPUS * PROCESSES,
     params:
         code=code("finetune"),
+        launcher=LAUNCHER,
+        launch=TOGETHER,
+        script=script("finetune"),
         device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/full",
         tokens=TOKENS,
@@ -30,7 +33,7 @@ rule finetune:
     message:
         "fine-tune the full model on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{TOGETHER} --usage {log.usage:q} {SCRIPTS[finetune]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
@@ -54,6 +57,9 @@ use rule finetune as finetune_dense with:
         usage=f"{BENCHMARKS}/finetune/{{task}}-seed{{seed}}-{{variant}}.tsv",
     params:
         code=code("finetune"),
+        launcher=LAUNCHER,
+        launch=TOGETHER,
+        script=script("finetune"),
         device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}",
         tokens=TOKENS,

@@ -14,12 +14,15 @@ rule generate_data:
         runtime=10,
     params:
         code=code("generate_data"),
+        launcher=LAUNCHER,
+        launch=FRESH,
+        script=script("generate_data"),
         task=lambda wildcards: TASKS[wildcards.task],
         options=data_options("seed", "train_rows", "validation_rows"),
     message:
         "generate data for {wildcards.task}"
     shell:
-        "{FRESH} --usage {log.usage:q} {SCRIPTS[generate_data]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--task={params.task:q} "
         "--train {output.train:q} --validation {output.validation:q} "
         "{params.options} "

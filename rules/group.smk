@@ -16,13 +16,16 @@ rule group:
         runtime=60,
     params:
         code=code("group"),
+        launcher=LAUNCHER,
+        launch=LAUNCH,
+        script=script("group"),
         given=given("gradients", "permutation"),
         method=method_options("similarity", "grouping", "budget", "linkage", "merge"),
         options=grouping_options,
     message:
         "group the experts of {wildcards.task} for {wildcards.variant}, {wildcards.experts} on average, seed {wildcards.seed}"
     shell:
-        "{LAUNCH} --usage {log.usage:q} {SCRIPTS[group]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --routing {input.routing:q} --seed {wildcards.seed} "
         "--experts {wildcards.experts} --similarity-table {output.similarity:q} --groups {output.groups:q} "
         "{params.method} {params.options} "

@@ -16,13 +16,16 @@ rule merge:
         runtime=60,
     params:
         code=code("merge"),
+        launcher=LAUNCHER,
+        launch=LAUNCH,
+        script=script("merge"),
         given=given("gradients", "permutation"),
         method=method_options("merge", "alignment"),
         options=as_flags({"threads": CONFIG["merge"]["threads"]}),
     message:
         "merge the experts of {wildcards.task} by {wildcards.variant} to {wildcards.experts}, seed {wildcards.seed}"
     shell:
-        "{LAUNCH} --usage {log.usage:q} {SCRIPTS[merge]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --groups {input.groups:q} --routing {input.routing:q} --seed {wildcards.seed} "
         "--out {output.model:q} {params.method} {params.options} "
         "{params.given} --log {log.messages:q}"

@@ -16,13 +16,16 @@ rule permute:
         runtime=60,
     params:
         code=code("permute"),
+        launcher=LAUNCHER,
+        launch=LAUNCH,
+        script=script("permute"),
         given=given("routing"),
         alignment=lambda wildcards: (wildcards.how or "-weight")[1:],
         options=as_flags({"threads": CONFIG["merge"]["threads"]}),
     message:
         "align the experts of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{LAUNCH} --usage {log.usage:q} {SCRIPTS[permute]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --alignment={params.alignment:q} "
         "--out {output.model:q} --permutation {output.permutation:q} {params.options} "
         "{params.given} --log {log.messages:q}"

@@ -17,6 +17,9 @@ rule prepare:
         gpu=GPUS * PROCESSES,
     params:
         code=code("prepare"),
+        launcher=LAUNCHER,
+        launch=TOGETHER,
+        script=script("prepare"),
         device=DEVICE,
         state=f"{STATE}/base/seed{{seed}}",
         source=model_source(CHECKPOINT),
@@ -24,7 +27,7 @@ rule prepare:
     message:
         "prepare the base model, seed {wildcards.seed}"
     shell:
-        "{TOGETHER} --usage {log.usage:q} {SCRIPTS[prepare]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "{params.source} --seed {wildcards.seed} --device={params.device:q} "
         "--model {output.model:q} --training {output.training:q} --state {params.state:q} "
         "{params.options} "
@@ -43,6 +46,9 @@ use rule prepare as prepare_dense with:
         usage=f"{BENCHMARKS}/prepare/seed{{seed}}-dense.tsv",
     params:
         code=code("prepare"),
+        launcher=LAUNCHER,
+        launch=TOGETHER,
+        script=script("prepare"),
         device=DEVICE,
         state=f"{STATE}/base/seed{{seed}}-dense",
         source=model_source(DENSE_CHECKPOINT, dense=True),

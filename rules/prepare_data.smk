@@ -17,6 +17,9 @@ rule prepare_data:
         runtime=20,
     params:
         code=code("prepare_data"),
+        launcher=LAUNCHER,
+        launch=FRESH,
+        script=script("prepare_data"),
         task=lambda wildcards: TASKS[wildcards.task],
         described=lambda wildcards: digest_of(described_in(TASKS[wildcards.task])),
         source=raw_source,
@@ -25,7 +28,7 @@ rule prepare_data:
     message:
         "prepare the examples of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{FRESH} --usage {log.usage:q} {SCRIPTS[prepare_data]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--task={params.task:q} {params.source} --seed {wildcards.seed} "
         "--train {output.train:q} --selection {output.selection:q} --validation {output.validation:q} "
         "{params.options} {params.protocol} "

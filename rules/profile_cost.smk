@@ -16,6 +16,9 @@ rule profile_cost:
         gpu=GPUS,
     params:
         code=code("profile_cost"),
+        launcher=LAUNCHER,
+        launch=FRESH,
+        script=script("profile_cost"),
         device=DEVICE,
         task=lambda wildcards: TASKS[wildcards.task],
         names=labels_of,
@@ -23,7 +26,7 @@ rule profile_cost:
     message:
         "profile the cost of {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{FRESH} --usage {log.usage:q} {SCRIPTS[profile_cost]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --task={params.task:q} --seed {wildcards.seed} {params.names} "
         "--device={params.device:q} --table {output.table:q} {params.options} "
         "--log {log.messages:q}"

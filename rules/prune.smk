@@ -27,6 +27,9 @@ rule prune:
         gpu=GPUS * PROCESSES,
     params:
         code=code("prune"),
+        launcher=LAUNCHER,
+        launch=TOGETHER,
+        script=script("prune"),
         device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-pruned",
         tokens=TOKENS,
@@ -42,7 +45,7 @@ rule prune:
     message:
         "fine-tune on {wildcards.task} while all but {wildcards.experts} experts fall away, seed {wildcards.seed}"
     shell:
-        "{TOGETHER} --usage {log.usage:q} {SCRIPTS[prune]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
         "--experts {wildcards.experts} --groups {output.groups:q} "

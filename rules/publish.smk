@@ -16,6 +16,9 @@ rule publish:
         runtime=60,
     params:
         code=code("publish"),
+        launcher=LAUNCHER,
+        launch=FRESH,
+        script=script("publish"),
         store=STORE,
         results=lambda wildcards: RESULTS,
         runs=RUN_LIST,
@@ -23,7 +26,7 @@ rule publish:
     message:
         "publish to MLflow"
     shell:
-        "{FRESH} --usage {log.usage:q} {SCRIPTS[publish]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
         "--summary {input.summary:q} --marker {output.marker:q} "
         "--log {log.messages:q}"

@@ -21,6 +21,9 @@ rule recover:
         gpu=GPUS * PROCESSES,
     params:
         code=code("recover"),
+        launcher=LAUNCHER,
+        launch=TOGETHER,
+        script=script("recover"),
         device=DEVICE,
         given=given("teacher"),
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-recovered",
@@ -32,7 +35,7 @@ rule recover:
     message:
         "win the quality of {wildcards.variant} {wildcards.experts}e back on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{TOGETHER} --usage {log.usage:q} {SCRIPTS[recover]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "

@@ -16,6 +16,9 @@ rule summarise:
         runtime=30,
     params:
         code=code("summarise"),
+        launcher=LAUNCHER,
+        launch=FRESH,
+        script=script("summarise"),
         drawn_with=digest_of(*REPORT_FILES),
         results=lambda wildcards: RESULTS,
         benchmarks=BENCHMARKS,
@@ -24,7 +27,7 @@ rule summarise:
     message:
         "summarise and report"
     shell:
-        "{FRESH} --usage {log.usage:q} {SCRIPTS[summarise]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
         "--benchmarks {params.benchmarks:q} --summary {output.summary:q} --report {output.report:q} "
         "--log {log.messages:q}"

@@ -15,9 +15,12 @@ rule take_full:
         runtime=60,
     params:
         code=code("take_full"),
+        launcher=LAUNCHER,
+        launch=FRESH,
+        script=script("take_full"),
     message:
         "take the checkpoint as the full model of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "{FRESH} --usage {log.usage:q} {SCRIPTS[take_full]:q} "
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
         "--model {input.model:q} --out {output.model:q} "
         "--log {log.messages:q}"

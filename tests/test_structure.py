@@ -45,7 +45,7 @@ def test_rule_script_log_and_benchmark_share_a_name(rule: str) -> None:
     text = (ROOT / "rules" / f"{rule}.smk").read_text()
     assert re.findall(r"^rule (\w+):", text, re.MULTILINE) == [rule]
     assert (ROOT / "workflow_scripts" / f"{rule}.py").is_file()
-    for part in (f"{{SCRIPTS[{rule}]:q}}", f"{{LOGS}}/{rule}/", f"{{BENCHMARKS}}/{rule}/", f'code=code("{rule}")'):
+    for part in (f'script=script("{rule}")', f"{{LOGS}}/{rule}/", f"{{BENCHMARKS}}/{rule}/", f'code=code("{rule}")'):
         assert part in text, f"rule {rule} lacks {part}"
     # The order that snakefmt writes.
     order = ["input", "output", "log", "conda", "threads", "resources", "params", "message", "shell"]

@@ -43,7 +43,7 @@ def check_folder_name(field: str, name: object, taken: Collection[str] = ()) -> 
     return name
 
 
-TAKEN_BY_RESULTS = ("data", "base", "logs", "benchmarks", "tokens", "mlartifacts", "mlflow.db*", "mlruns")
+TAKEN_BY_RESULTS: tuple[str, ...] = ("data", "base", "logs", "benchmarks", "tokens", "mlartifacts", "mlflow.db*", "mlruns")
 TAKEN_BY_RESULTS += ("summary.parquet", "report.html", "published.json", "config.json", "runs.json")
 """What stands in a results folder beside the folders of tasks."""
 
