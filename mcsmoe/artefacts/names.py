@@ -43,8 +43,8 @@ def check_folder_name(field: str, name: object, taken: Collection[str] = ()) -> 
     return name
 
 
-TAKEN_BY_RESULTS: tuple[str, ...] = ("data", "base", "logs", "benchmarks", "tokens", "mlartifacts", "mlflow.db*", "mlruns")
-TAKEN_BY_RESULTS += ("summary.parquet", "report.html", "published.json", "config.json", "runs.json")
+TAKEN_BY_RESULTS: tuple[str, ...] = ("data", "base", "logs", "benchmarks", "tokens", "mlartifacts", "mlflow.db*")
+TAKEN_BY_RESULTS += ("mlruns", "summary.parquet", "report.html", "published.json", "config.json", "runs.json")
 """What stands in a results folder beside the folders of tasks."""
 
 TAKEN_BY_RUN = ("examples", "full", "full_*", "permuted*", "permutation*", "routing*", "gradients*", "teacher*")
