@@ -229,13 +229,14 @@ class RedirectedExperts(nn.Module):
         return ExpertWeights(tensors, roles)
 
     def forward(self, hidden_TD: Tensor, expert_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        shape, hidden_TD = hidden_TD.shape, hidden_TD.reshape(-1, hidden_TD.shape[-1])
         tokens, groups = hidden_TD.shape[0], self.num_groups
         group_TK = torch.where(expert_TK < 0, groups, self.expert_to_group[expert_TK.clamp(min=0)])
         # Column G collects what is not computed.
         present_TG = torch.zeros(tokens, groups + 1, dtype=torch.bool, device=hidden_TD.device)
         present_TG = present_TG.scatter_(1, group_TK, True)[:, :groups]
         weight_TG = weights_TK.new_zeros(tokens, groups + 1).scatter_add(1, group_TK, weights_TK)
-        return self._combine(hidden_TD, present_TG, weight_TG)
+        return self._combine(hidden_TD, present_TG, weight_TG).reshape(shape)
 
     def _combine(self, hidden_TD: Tensor, present_TG: Tensor, weight_TG: Tensor) -> Tensor:
         """[T, D]: every group on the tokens that are present there, weighted and summed; one pass over the groups."""
@@ -269,6 +270,20 @@ class OneHotRedirectedExperts(RedirectedExperts):
         dispatch_TE = expert_TK[:, 0]
         expert_T = torch.where(dispatch_TE.any(dim=1), dispatch_TE.argmax(dim=1), -1)
         return super().forward(hidden_TD, expert_T[:, None], weights_TK)
+
+
+class ScaledInputRedirectedExperts(RedirectedExperts):
+    """The same, called as Llama-4 calls its experts: with the tokens of all experts, one below the other [E * T, D].
+
+    A token is scaled by its score before it comes, and is zero for an expert that was not chosen, whose output is then
+    zero too. Two experts of a token that fall into one group read it differently scaled, so both are computed.
+    """
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:  # type: ignore[override]
+        experts = self.expert_to_group.shape[0]
+        expert_N = torch.arange(experts, device=hidden_ND.device).repeat_interleave(hidden_ND.shape[0] // experts)
+        expert_N = torch.where((hidden_ND != 0).any(dim=1), expert_N, -1)
+        return super().forward(hidden_ND, expert_N[:, None], hidden_ND.new_ones(hidden_ND.shape[0], 1))
 
 
 class TopTwoRedirectedExperts(RedirectedExperts):

@@ -220,6 +220,8 @@ class LayerSpec:
     num_groups: int
     expert_to_group: list[int]
     compression: CompressionSpec | None = None
+    num_experts: int | None = None  # rows of the router, where the configuration says another number
+    merged: bool = True  # False: the experts are the family's own module, only fewer
 
 
 def chosen_layers(layers: Sequence[LayerId], excluded: Sequence[LayerId]) -> list[LayerId]:

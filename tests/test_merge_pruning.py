@@ -9,9 +9,10 @@ import torch
 from tiny_experts import LAYOUTS, activation, compute, difference, experts, tokens
 from torch import Tensor
 
+from mcsmoe.grouping.kept import keep_highest
 from mcsmoe.merge import METHODS
 from mcsmoe.merge.base import MergeInputs
-from mcsmoe.merge.reap import keep_highest, saliency
+from mcsmoe.merge.reap import saliency
 from mcsmoe.merge.task_specific import TaskSpecificPruner, UsageAverage, living_grouping
 from mcsmoe.types import ExpertWeights, Grouping
 
@@ -88,6 +89,16 @@ def test_a_dropped_expert_joins_the_best_kept_one_of_its_group() -> None:
     assert kept.expert_to_group.tolist() == [1, 0, 1, 2, 0, 1]
     kept.validate("x")
     assert keep_highest(GROUPING, torch.zeros(6)).dominant.tolist() == [0, 1, 2]
+
+
+def test_where_a_router_chooses_among_sets_first_equally_many_experts_are_kept_in_each() -> None:
+    four = Grouping(torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([0, 1, 2, 3]))
+    criterion_E = torch.tensor([9.0, 8.0, 7.0, 1.0, 2.0, 3.0])
+    assert keep_highest(four, criterion_E).dominant.tolist() == [0, 1, 2, 5]
+    kept = keep_highest(four, criterion_E, sets=2)
+    assert kept.dominant.tolist() == [0, 1, 4, 5]
+    kept.validate("layer")
+    assert keep_highest(GROUPING, criterion_E, sets=2).dominant.tolist() == [0, 1, 2]  # 3 do not divide
 
 
 # -- task-specific ---------------------------------------------------------------------------------------------------

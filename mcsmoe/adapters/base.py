@@ -105,6 +105,37 @@ class Adapter(ABC):
             "prune with a redirect instead (merge method 'prune')"
         )
 
+    def expert_sets(self, model: nn.Module, layer: LayerId) -> int:
+        """How many sets of consecutive experts the router chooses among before it chooses experts; 1 if it does not.
+
+        Dropping experts goes best with equally many left in each set.
+        """
+        return 1
+
+    def check_dropping(self, model: nn.Module, layer: LayerId, kept: int) -> None:
+        """Raise ValueError, naming the layer and the reason, if ``layer`` cannot go on with ``kept`` of its experts.
+
+        Needs no weights, so it can be asked before any work starts.
+        """
+
+    def drop_experts(
+        self, model: nn.Module, layer: LayerId, weights: ExpertWeights, expert_to_group: Tensor, dropped_E: Tensor
+    ) -> None:
+        """Install the experts that stay, so that the router never chooses one marked in ``dropped_E`` (bool [E]).
+
+        Where a router of fewer rows does the same, the layer becomes one of the family's own with fewer experts.
+        Else the router is masked, and the dropped experts keep their entries in the redirect table.
+
+        Args:
+            weights: G stacked experts, one for each that stays.
+            expert_to_group: int64 [E]; an expert that stays has a group of its own.
+
+        Raises:
+            ValueError: the router can do neither, or is left with too few to choose from; names the layer.
+        """
+        self.mask_router(model, layer, dropped_E)
+        self.write_experts(model, layer, weights, expert_to_group)
+
     @abstractmethod
     def router_parameters(self, model: nn.Module) -> list[str]:
         """Full parameter names of every router, to freeze them."""

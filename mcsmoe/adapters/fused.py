@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mcsmoe.adapters import dropping
 from mcsmoe.adapters.base import Capture
 from mcsmoe.adapters.fused_layout import (
     FamilyActivation,
@@ -25,9 +26,18 @@ from mcsmoe.adapters.fused_layout import (
     experts_problem,
     find_router,
     is_stacked_experts,
+    scales_inputs,
 )
-from mcsmoe.adapters.redirecting import NEVER, ExpertShape, RedirectingAdapter, detached, newest_positions, recording
-from mcsmoe.modules import Projection, RedirectedExperts
+from mcsmoe.adapters.redirecting import (
+    NEVER,
+    ExpertShape,
+    Place,
+    RedirectingAdapter,
+    detached,
+    newest_positions,
+    recording,
+)
+from mcsmoe.modules import Projection, RedirectedExperts, ScaledInputRedirectedExperts
 from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, Role, RoutedBatch, RouterWeights
 
 
@@ -105,8 +115,10 @@ class FusedAdapter(RedirectingAdapter):
     def _redirected(
         self, experts: nn.Module, projections: Mapping[str, Projection], roles: dict[str, Role], table: Tensor
     ) -> RedirectedExperts:
-        activation = experts.activation if isinstance(experts, RedirectedExperts) else FamilyActivation(experts)
-        return RedirectedExperts(projections, roles, activation, table)
+        if isinstance(experts, RedirectedExperts):
+            return type(experts)(projections, roles, experts.activation, table)
+        kind = ScaledInputRedirectedExperts if scales_inputs(experts) else RedirectedExperts
+        return kind(projections, roles, FamilyActivation(experts), table)
 
     # -- router --------------------------------------------------------------------------------------------------
     def read_router(self, model: nn.Module, layer: LayerId) -> RouterWeights:
@@ -120,23 +132,38 @@ class FusedAdapter(RedirectingAdapter):
         bias = getattr(linear, "bias", None)
         if linear.weight is None:
             raise ValueError(f"layer {layer!r}: the router {place.path!r} has no weight")
-        return RouterWeights(linear.weight.detach().clone(), None if bias is None else bias.detach().clone())
+        experts = self.num_experts(model, layer)
+        return RouterWeights(
+            linear.weight.detach()[:experts].clone(), None if bias is None else bias.detach()[:experts].clone()
+        )
+
+    def _place(self, model: nn.Module, layer: LayerId) -> Place:
+        place = self._router(model, layer)
+        return Place(self._experts_name(model, layer), place.path, place.linear)
+
+    def _mask(self, model: nn.Module, layer: LayerId) -> Tensor | None:
+        """The bias that a mask can be written to: of the router's logits (gpt-oss), or of its choice (DeepSeek)."""
+        place, block = self._place(model, layer), model.get_submodule(layer)
+        bias_E = getattr(block.get_submodule(_dotted(place.router, place.linear)), "bias", None)
+        if bias_E is not None:
+            return bias_E
+        correction = dropping.correction_of(block, place, self.num_experts(model, layer))
+        return None if correction is None else correction.tensor
+
+    def _can_mask(self, model: nn.Module, layer: LayerId) -> bool:
+        return self._mask(model, layer) is not None
 
     @torch.no_grad()
     def mask_router(self, model: nn.Module, layer: LayerId, dropped_E: Tensor) -> None:
-        """Uses what the stock router has: the bias of its logits (gpt-oss) or of its choice (DeepSeek and kin)."""
-        place, block = self._router(model, layer), model.get_submodule(layer)
-        router: Any = block.get_submodule(place.path)
-        _check_choice(layer, router, dropped_E)
-        bias_E = getattr(block.get_submodule(_dotted(place.path, place.linear)), "bias", None)
+        """Uses what the stock router has: the bias of its logits or of its choice."""
+        why = dropping.problem(model, model.get_submodule(layer), self._place(model, layer), ~dropped_E)
+        if why is not None:
+            raise ValueError(f"layer {layer!r}: {why}")
+        bias_E = self._mask(model, layer)
         if bias_E is None:
-            owners = [*router.named_parameters(), *router.named_buffers()]
-            owners += [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
-            found = [tensor for name, tensor in owners if "bias" in name and tensor.numel() == dropped_E.numel()]
-            if len(found) != 1:
-                super().mask_router(model, layer, dropped_E)
-            bias_E = found[0]
-        bias_E.masked_fill_(dropped_E.to(bias_E.device).reshape(bias_E.shape), NEVER)
+            super().mask_router(model, layer, dropped_E)
+        else:
+            bias_E.masked_fill_(dropped_E.to(bias_E.device).reshape(bias_E.shape), NEVER)
 
     def router_parameters(self, model: nn.Module) -> list[str]:
         """Parameters of the routers and, where the block holds it, of the correction of their choice."""
@@ -151,86 +178,106 @@ class FusedAdapter(RedirectingAdapter):
     @contextmanager
     def capture(self, model: nn.Module, detach: bool = True) -> Iterator[Capture]:
         captured, call, hooks = Capture(), {}, []  # type: ignore[var-annotated]
-        seen: dict[LayerId, _Routing] = {}
+
+        def record(layer: LayerId, routing: _Routing, hidden: Tensor, index_TK: Tensor, weights_TK: Tensor) -> None:
+            inputs_TD = hidden.reshape(-1, hidden.shape[-1])
+            batch = routing.batch(inputs_TD, index_TK, weights_TK, newest_positions(_mask(call), layer, inputs_TD))
+            captured.batches[layer] = detached(batch) if detach else batch
+
         for layer in self.layers(model):
-            place = self._router(model, layer)
-            routing = seen[layer] = _Routing(layer, model.get_submodule(_dotted(layer, place.path, place.linear)))
+            place, experts = self._router(model, layer), self._experts(model, layer)
+            router: Any = model.get_submodule(_dotted(layer, place.path))
+            linear = model.get_submodule(_dotted(layer, place.path, place.linear))
+            routing = _Routing(layer, linear, self.num_experts(model, layer), place.plain)
+            scaled = isinstance(experts, ScaledInputRedirectedExperts) or scales_inputs(experts)
 
-            def route(_module: nn.Module, inputs: Any, result: Any, routing: _Routing = routing) -> None:
+            def route(
+                module: Any,
+                inputs: Any,
+                result: Any,
+                layer: LayerId = layer,
+                routing: Any = routing,
+                scaled: bool = scaled,
+            ) -> None:
                 routing.routed(inputs[0], result)
+                if scaled:  # its experts are called with every token; the choice is what the router scored
+                    weights_TK, index_TK = result[0].topk(module.top_k, dim=-1)
+                    record(layer, routing, inputs[0], index_TK, weights_TK)
 
-            def dispatch(_module: nn.Module, inputs: Any, layer: LayerId = layer, routing: _Routing = routing) -> None:
-                valid_T = newest_positions(_mask(call), layer, inputs[0])
-                batch = routing.batch(inputs[0], inputs[1], inputs[2], valid_T)
-                captured.batches[layer] = detached(batch) if detach else batch
+            def dispatch(_module: Any, inputs: Any, layer: LayerId = layer, routing: Any = routing) -> None:
+                record(layer, routing, *inputs[:3])
 
-            hooks.append(model.get_submodule(_dotted(layer, place.path)).register_forward_hook(route))
-            hooks.append(self._experts(model, layer).register_forward_pre_hook(dispatch))
+            if linear is not router:
+                hooks.append(
+                    linear.register_forward_pre_hook(lambda _, inputs, routing=routing: routing.read(inputs[0]))
+                )
+            hooks.append(router.register_forward_hook(route))
+            if not scaled:
+                hooks.append(experts.register_forward_pre_hook(dispatch))
         with recording(model, hooks, captured, call):
             yield captured
 
 
 class _Routing:
-    """What the router of one layer did, until its experts are called; checks once that the logits are the raw ones."""
+    """What the router of one layer did, until its experts are called; every batch is checked against its weights.
 
-    def __init__(self, layer: LayerId, linear: Any) -> None:
-        self.layer, self.linear = layer, linear
+    Raises:
+        ValueError: a router without weights in memory, or one that gives other logits than its weights do, though it
+            gave those before, or cannot be seen to give them; names the layer.
+    """
+
+    def __init__(self, layer: LayerId, linear: Any, experts: int, plain: bool) -> None:
+        self.layer, self.linear, self.experts, self.plain = layer, linear, experts, plain
         self.returned: bool | None = None
-        self.inputs_TD = self.logits_TE = torch.empty(0)
+        self.read_TD: Tensor | None = None
+        self.logits_TE = torch.empty(0)
+
+    def read(self, hidden: Tensor) -> None:
+        """What the linear map reads, where it is a module of its own; else it reads what the router does."""
+        self.read_TD = hidden.reshape(-1, hidden.shape[-1])
 
     def routed(self, hidden: Tensor, result: Any) -> None:
-        self.inputs_TD = hidden.reshape(-1, hidden.shape[-1])
-        first = result[0]
-        if self.returned is None:
-            own_TE = self._own()
-            scale = float(own_TE.detach().abs().max()) if own_TE.numel() else 0.0
-            tolerance = 2 * torch.finfo(hidden.dtype).eps * (scale + 1) * 8
-            self.returned = (
-                first.shape == own_TE.shape and float((first.detach() - own_TE.detach()).abs().max()) < tolerance
-                if own_TE.numel()
-                else None
-            )
+        if hidden.is_meta or self.linear.weight.is_meta:
+            raise ValueError(f"layer {self.layer!r}: its router ran without its weights; nothing it chose is real")
+        inputs_TD = hidden.reshape(-1, hidden.shape[-1]) if self.read_TD is None else self.read_TD
+        self.read_TD = None
+        first = result if isinstance(result, Tensor) else result[0]
+        own_TE = self._own(inputs_TD)
+        if own_TE.numel() == 0:
+            self.logits_TE = own_TE
+            return
+        same = first.shape == own_TE.shape and self._near(first.detach(), own_TE.detach(), hidden.dtype)
+        if not same and (self.returned or not self.plain):
+            raise ValueError(f"layer {self.layer!r}: its router gave other logits than its weights do")
+        self.returned = same
         # A family may return capped logits or probabilities in their place.
-        self.logits_TE = first if self.returned else self._own()
+        self.logits_TE = first if same else own_TE
 
-    def _own(self) -> Tensor:
+    def _own(self, inputs_TD: Tensor) -> Tensor:
         weight, bias = self.linear.weight, getattr(self.linear, "bias", None)
-        return functional.linear(self.inputs_TD.float(), weight.float(), None if bias is None else bias.float())
+        own_TE = functional.linear(inputs_TD.float(), weight.float(), None if bias is None else bias.float())
+        return own_TE[:, : self.experts]
+
+    @staticmethod
+    def _near(one_TE: Tensor, two_TE: Tensor, dtype: torch.dtype) -> bool:
+        tolerance = 2 * torch.finfo(dtype).eps * (float(two_TE.abs().max()) + 1) * 8
+        return float((one_TE - two_TE).abs().max()) < tolerance
 
     def batch(self, inputs_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, valid_T: Tensor) -> RoutedBatch:
-        if inputs_TD.shape != self.inputs_TD.shape:
+        if inputs_TD.shape[0] != self.logits_TE.shape[0]:
             raise ValueError(
-                f"layer {self.layer!r}: the experts see {tuple(inputs_TD.shape)}, their router "
-                f"{tuple(self.inputs_TD.shape)}; such a family cannot be treated exactly"
+                f"layer {self.layer!r}: the experts see {inputs_TD.shape[0]} tokens, their router "
+                f"{self.logits_TE.shape[0]}; such a family cannot be treated exactly"
             )
         wanted_TK = index_TK.to(torch.int64)
         return RoutedBatch(inputs_TD, self.logits_TE, wanted_TK, wanted_TK, weights_TK, valid_T)
-
-
-def _check_choice(layer: LayerId, router: Any, dropped_E: Tensor) -> None:
-    """Raise ValueError if ``router`` would have to choose a dropped expert for want of others."""
-    kept_E, choices = (~dropped_E).cpu(), int(getattr(router, "top_k", 1))
-    room = int(kept_E.sum())
-    groups, taken = getattr(router, "num_group", None), getattr(router, "topk_group", None)
-    if groups and taken:
-        # A group of experts is scored by its best two, so one with fewer kept is never taken.
-        kept_G = kept_E.reshape(groups, -1).sum(dim=1)
-        usable = kept_G[kept_G >= min(2, kept_E.numel() // groups)].sort().values
-        room = int(usable[:taken].sum()) if len(usable) >= taken else 0
-    if room < choices:
-        raise ValueError(
-            f"layer {layer!r}: with {int(dropped_E.sum())} of {len(dropped_E)} experts dropped the router can be left with "
-            f"{room} to choose {choices} from; drop fewer, or prune with a redirect (merge method 'prune')"
-        )
 
 
 def _dimensions(experts: nn.Module) -> tuple[int, int]:
     """(E, D): how many experts the router chooses among, and the width they read."""
     if isinstance(experts, RedirectedExperts):
         return experts.expert_to_group.shape[0], experts.projection(experts.output).shape[1]
-    layout = Layout.of(experts)
-    first = getattr(experts, layout.first)
-    return first.shape[0], first.shape[1 if layout.transposed else 2]
+    return Layout.of(experts).dimensions(experts)
 
 
 def _dotted(*parts: str) -> str:

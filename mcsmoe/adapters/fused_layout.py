@@ -19,6 +19,7 @@ from mcsmoe.modules import RedirectedExperts
 from mcsmoe.types import ExpertWeights, Role
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+_FLAT = ("w1", "v1", "w2")  # gate, up and down of all experts, one below the other
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,13 @@ class Layout:
 
     @classmethod
     def of(cls, experts: Any) -> Layout:
+        if flat_matrices(experts) is not None:
+            return FlatLayout(gated=True, biased=False, transposed=False, interleaved=False)
         flags = {name: getattr(experts, name, None) for name in _FLAGS}
-        if None in flags.values():  # a family that does not use the interface, but has its default layout
-            flags = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
+        if None in flags.values():  # a family that does not use the interface: gate before up, without biases
+            first, down = experts.gate_up_proj.shape, experts.down_proj.shape
+            transposed = first[1] == down[2] and first[2] == 2 * down[1]
+            flags = {"has_gate": True, "has_bias": False, "is_transposed": transposed, "is_concatenated": True}
         gated = bool(flags["has_gate"])
         return cls(gated, bool(flags["has_bias"]), bool(flags["is_transposed"]), gated and not flags["is_concatenated"])
 
@@ -42,6 +47,15 @@ class Layout:
     def first(self) -> str:
         """Name of the parameter that holds the input projections."""
         return "gate_up_proj" if self.gated else "up_proj"
+
+    def dimensions(self, experts: Any) -> tuple[int, int]:
+        """(E, D): how many experts the router chooses among, and the width they read."""
+        first = getattr(experts, self.first)
+        return first.shape[0], first.shape[1 if self.transposed else 2]
+
+    def activation(self, experts: Any) -> Any:
+        """The function of the gate, or of the input projection where there is none."""
+        return experts.act_fn
 
     def views(self, experts: Any) -> dict[str, Tensor]:
         """Canonical views [E, F, D], [E, D, F], [E, F], [E, D] into the module's own parameters, by tensor name."""
@@ -82,21 +96,60 @@ class Layout:
         return ExpertWeights(copies, self.shape(experts).all_roles())
 
 
+class FlatLayout(Layout):
+    """Matrices [E * F, D] of all experts one below the other, the output projection too (DBRX)."""
+
+    def dimensions(self, experts: Any) -> tuple[int, int]:
+        return experts.num_experts, flat_matrices(experts).w1.shape[1]  # type: ignore[union-attr, index]
+
+    def activation(self, experts: Any) -> Any:
+        return flat_matrices(experts).activation_fn  # type: ignore[union-attr]
+
+    def views(self, experts: Any) -> dict[str, Tensor]:
+        inside: Any = flat_matrices(experts)
+        gate, up, down = (getattr(inside, name).detach().unflatten(0, (experts.num_experts, -1)) for name in _FLAT)
+        return {"gate": gate, "up": up, "down": down.transpose(1, 2)}
+
+
+def flat_matrices(experts: nn.Module) -> nn.Module | None:
+    """The child of ``experts`` that holds the matrices of all experts one below the other, if that is how they are kept."""
+    for child in experts.children():
+        own = child._parameters
+        if set(own) >= set(_FLAT) and hasattr(experts, "num_experts"):
+            shapes = {tuple(own[name].shape) for name in _FLAT if own[name] is not None}
+            if len(shapes) == 1 and len(next(iter(shapes))) == 2:
+                return child
+    return None
+
+
+def scales_inputs(experts: nn.Module) -> bool:
+    """Whether ``experts`` are called with every token for every expert, scaled by its score beforehand (Llama-4)."""
+    if flat_matrices(experts) is not None or not is_stacked_experts(experts):
+        return False
+    arguments = [name for name in inspect.signature(type(experts).forward).parameters if name != "self"]
+    return arguments == ["hidden_states"] and not hasattr(experts, "_apply_gate")
+
+
 class FamilyActivation:
     """The family's own gate, from the outputs of the input projections; keeps none of the experts' weights alive."""
 
     def __init__(self, experts: Any) -> None:
         self.layout = Layout.of(experts)
+        self.function = self.layout.activation(experts)
         # The gate may use attributes of the module (limits, activation), so it is kept, emptied of its weights.
         self.module = copy.copy(experts)
         self.module.__dict__["_parameters"] = {}
-        self.plain = type(experts)._apply_gate.__name__ == "_default_apply_gate" if self.layout.gated else True
+        self.module.__dict__["_modules"] = {
+            name: child for name, child in experts._modules.items() if child is not flat_matrices(experts)
+        }
+        gate = getattr(type(experts), "_apply_gate", None)
+        self.plain = gate is None or gate.__name__ == "_default_apply_gate" or not self.layout.gated
 
     def __call__(self, outputs: Mapping[str, Tensor]) -> Tensor:
         if not self.layout.gated:
-            return self.module.act_fn(outputs["up"])
+            return self.function(outputs["up"])
         if self.plain:
-            return self.module.act_fn(outputs["gate"]) * outputs["up"]
+            return self.function(outputs["gate"]) * outputs["up"]
         return self.module._apply_gate(self.layout.join(outputs["gate"], outputs["up"]))
 
 
@@ -106,10 +159,13 @@ class RouterPlace:
 
     path: str
     linear: str
+    plain: bool = True  # False: it has further parameters, so what it returns must be seen to be the logits
 
 
 def is_stacked_experts(module: nn.Module) -> bool:
     """Whether ``module`` itself stores stacked ``down_proj`` with ``gate_up_proj``, or with ``up_proj`` and no gate."""
+    if flat_matrices(module) is not None:
+        return True
     own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
     first = "up_proj" if getattr(module, "has_gate", None) is False else "gate_up_proj"
     return all(name in own and own[name].ndim == 3 for name in (first, "down_proj"))
@@ -118,15 +174,26 @@ def is_stacked_experts(module: nn.Module) -> bool:
 def experts_problem(experts: Any) -> str | None:
     """Why these stacked experts cannot be treated exactly, or None."""
     arguments = [p for p in inspect.signature(type(experts).forward).parameters if p not in ("self", "kwargs")]
+    flat, scaled = flat_matrices(experts), scales_inputs(experts)
     flagged = all(hasattr(experts, name) for name in _FLAGS)
-    if arguments != ["args"] and len(arguments) != 3:
+    if arguments != ["args"] and len(arguments) != 3 and not scaled:
         return f"its experts are called with ({', '.join(arguments)}), not with the experts chosen for each token"
-    if not flagged and not hasattr(experts, "_apply_gate"):
+    if getattr(experts, "zero_expert_num", 0):
+        return (
+            f"{experts.zero_expert_num} of its experts have no weights and give back their inputs, which a redirect table "
+            "cannot say"
+        )
+    if not flagged and not hasattr(experts, "_apply_gate") and flat is None and not scaled:
         return "its experts say neither how they are laid out nor how they gate"
     if getattr(experts, "has_post_expert_norm", False):
         return "its experts end in a normalisation, so the output is not linear in the output projection"
     if getattr(experts, "_is_expert_parallel", False):
         return "its experts are spread over devices; load the model without expert parallelism"
+    if flat is not None:
+        first = flat._parameters["w1"]
+        if first is None or first.shape[0] % experts.num_experts:
+            return f"its stacked matrices cannot be divided into {experts.num_experts} experts"
+        return None if first.is_floating_point() else f"its experts are quantised ({first.dtype})"
     layout = Layout.of(experts)
     first, down = getattr(experts, layout.first), experts.down_proj
     if not first.is_floating_point() or first.element_size() < 2:
@@ -152,7 +219,7 @@ def find_router(block: nn.Module, experts: nn.Module, num_experts: int, d_model:
         weight = parameters[matrices[0]] if len(matrices) == 1 else None
         if weight is None:
             problems.append(f"its router {path!r} is not one linear map (it has {matrices})")
-        elif tuple(weight.shape) != (num_experts, d_model):
+        elif weight.shape[1] != d_model or weight.shape[0] - num_experts not in (0, _shared(module)):
             problems.append(
                 f"its router {path!r} maps {weight.shape[1]} features to {weight.shape[0]} scores, while "
                 f"{num_experts} experts read {d_model} features"
@@ -160,16 +227,22 @@ def find_router(block: nn.Module, experts: nn.Module, num_experts: int, d_model:
         else:
             linear = matrices[0].rpartition(".")[0]
             bias = f"{linear}.bias" if linear else "bias"
-            # A correction of the choice (one number per expert) changes no logit; anything else does.
+            # A correction of the choice (one number per expert) changes no logit; anything else may.
             extra = sorted(
                 other
                 for other, tensor in parameters.items()
                 if other not in (matrices[0], bias) and (tensor.numel() != num_experts or "bias" not in other)
             )
-            if not extra:
-                return RouterPlace(path, linear)
+            if all(parameters[name].ndim <= 1 for name in extra):
+                # What a linear map of its own reads can be seen, whatever is done to it before.
+                return RouterPlace(path, linear, plain=not extra or bool(linear))
             problems.append(f"its router {path!r} is more than one linear map (it also has {extra})")
     return problems[0] if problems else "no router was found beside its experts"
+
+
+def _shared(router: nn.Module) -> int:
+    """Rows of a router behind those of the routed experts: scores of shared ones."""
+    return int(getattr(router, "n_shared_experts", 0) or 0)
 
 
 def expert_children(block: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -177,5 +250,5 @@ def expert_children(block: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (name, child)
         for name, child in block.named_children()
-        if type(child) is RedirectedExperts or is_stacked_experts(child)
+        if isinstance(child, RedirectedExperts) or is_stacked_experts(child)
     ]

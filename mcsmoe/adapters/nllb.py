@@ -29,6 +29,7 @@ from mcsmoe.adapters.redirecting import (
     IGNORED_LABEL,
     NEVER,
     ExpertShape,
+    Place,
     RedirectingAdapter,
     detached,
     newest_positions,
@@ -104,6 +105,9 @@ class NllbAdapter(RedirectingAdapter):
         if not isinstance(module, NllbMoeSparseMLP):
             raise ValueError(f"layer {layer!r} is not a sparse layer of this model; it has {self.layers(model)}")
         return "experts"
+
+    def _place(self, model: nn.Module, layer: LayerId) -> Place:
+        return Place(self._experts_name(model, layer), "router", "classifier")
 
     def num_experts(self, model: nn.Module, layer: LayerId) -> int:
         return int(self._mlp(model, layer).router.num_experts)

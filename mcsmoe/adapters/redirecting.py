@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mcsmoe.adapters import dropping
 from mcsmoe.adapters.base import Adapter, Capture
+from mcsmoe.adapters.dropping import NEVER, Place
 from mcsmoe.modules import (
     LowRankProjection,
     Projection,
@@ -25,8 +27,8 @@ from mcsmoe.modules import (
 )
 from mcsmoe.types import ExpertWeights, LayerId, LayerSpec, LowRankFactors, Role, RoutedBatch
 
+__all__ = ["IGNORED_LABEL", "NEVER", "ExpertShape", "Place", "RedirectingAdapter", "detached", "newest_positions"]
 IGNORED_LABEL = -100
-NEVER = -1e9  # a router bias whose probability is exactly zero, and which sums and products keep finite
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ class RedirectingAdapter(Adapter):
         self, experts: nn.Module, projections: Mapping[str, Projection], roles: dict[str, Role], table: Tensor
     ) -> RedirectedExperts:
         """The run-time module that takes the place of ``experts``, which may be stock or redirected already."""
+
+    @abstractmethod
+    def _place(self, model: nn.Module, layer: LayerId) -> Place:
+        """Where the sparse block keeps its experts and its router; ValueError naming the layer if that is not clear."""
 
     # -- structure -----------------------------------------------------------------------------------------------
     def _experts(self, model: nn.Module, layer: LayerId) -> nn.Module:
@@ -170,7 +176,67 @@ class RedirectingAdapter(Adapter):
             projections[name] = LowRankProjection(copies, None if bias is None else copy(bias))
         self._replace(model, layer, projections, expert_to_group)
 
+    # -- fewer experts -------------------------------------------------------------------------------------------
+    def expert_sets(self, model: nn.Module, layer: LayerId) -> int:
+        return dropping.expert_sets(model.get_submodule(layer).get_submodule(self._place(model, layer).router))
+
+    def check_dropping(self, model: nn.Module, layer: LayerId, kept: int) -> None:
+        experts, sets = self.num_experts(model, layer), self.expert_sets(model, layer)
+        if kept >= experts:
+            return
+        # The best there is: as many in each set, or full sets where the number does not divide.
+        each = kept // sets if kept % sets == 0 else experts // sets
+        rank_E = torch.arange(experts) % (experts // sets)
+        kept_E = rank_E < each
+        kept_E &= kept_E.cumsum(dim=0) <= kept
+        self._droppable(model, layer, kept_E)
+
+    def _droppable(self, model: nn.Module, layer: LayerId, kept_E: Tensor) -> bool:
+        """Whether ``layer`` is left with a router of fewer rows; False where its router is masked instead."""
+        place, block = self._place(model, layer), model.get_submodule(layer)
+        why = dropping.problem(model, block, place, kept_E)
+        if why is not None:
+            raise ValueError(f"layer {layer!r}: {why}")
+        kept = kept_E.nonzero()[:, 0]
+        whole = not isinstance(self._experts(model, layer), RedirectedExperts)
+        try:
+            if whole and dropping.slicing_is_exact(model, layer, place, len(kept_E), kept):
+                return True
+        except ValueError as error:
+            raise ValueError(f"layer {layer!r}: {error}") from error
+        if not self._can_mask(model, layer):
+            sets = self.expert_sets(model, layer)
+            why = (
+                f"its router first chooses among {sets} sets of experts, and {int(kept_E.sum())} are not kept equally in "
+                f"each; keep a multiple of {sets}"
+                if sets > 1
+                else "it is merged already, and its router has no bias to keep it from choosing an expert"
+            )
+            raise ValueError(f"layer {layer!r}: {why}, or prune with a redirect (merge method 'prune')")
+        return False
+
+    def _can_mask(self, model: nn.Module, layer: LayerId) -> bool:
+        return True
+
+    def drop_experts(
+        self, model: nn.Module, layer: LayerId, weights: ExpertWeights, expert_to_group: Tensor, dropped_E: Tensor
+    ) -> None:
+        self._check_shapes(model, layer, weights)
+        if not self._droppable(model, layer, ~dropped_E):
+            super().drop_experts(model, layer, weights, expert_to_group, dropped_E)
+            return
+        kept = (~dropped_E).nonzero()[:, 0]
+        self._slice(model, layer, kept)
+        self._write_values(model, layer, weights.select(expert_to_group[kept]))
+
+    def _slice(self, model: nn.Module, layer: LayerId, kept: Tensor) -> None:
+        dropping.slice_layer(model, layer, self._place(model, layer), self.num_experts(model, layer), kept)
+
     def install(self, model: nn.Module, layer: LayerId, spec: LayerSpec) -> None:
+        if spec.num_experts is not None and spec.num_experts < self.num_experts(model, layer):
+            self._slice(model, layer, torch.arange(spec.num_experts, device="cpu"))
+        if not spec.merged:
+            return
         table = torch.tensor(spec.expert_to_group, dtype=torch.int64, device="cpu")
         check_redirect(layer, table, self.num_experts(model, layer), spec.num_groups)
         shape = self._shape(model, layer)

@@ -35,6 +35,11 @@ def adapter_for(model: nn.Module) -> Adapter:
     )
 
 
+def known_adapter(model: nn.Module) -> Adapter | None:
+    """The adapter that treats ``model``, which is left as it is; None if there is none."""
+    return next((adapter() for adapter in adapters() if adapter.matches(model)), None)
+
+
 def has_experts(model: nn.Module) -> bool:
     """Whether any module of ``model`` is named like experts, treated by an adapter or not."""
     return _experts(model) is not None

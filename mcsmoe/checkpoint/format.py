@@ -44,7 +44,8 @@ def is_compact(path: str | Path) -> bool:
 
 def _layer_json(spec: LayerSpec) -> dict[str, Any]:
     compression = spec.compression
-    return {
+    fewer = {} if spec.num_experts is None else {"num_experts": spec.num_experts, "merged": spec.merged}
+    return fewer | {
         "num_groups": spec.num_groups,
         "expert_to_group": list(spec.expert_to_group),
         "compression": None
@@ -128,7 +129,14 @@ def layer_specs(path: str | Path) -> dict[LayerId, LayerSpec]:
         try:
             kept = entry["compression"]
             compression = None if kept is None else CompressionSpec(int(kept["rank"]), dict(kept["kept_rows"]))
-            specs[layer] = LayerSpec(int(entry["num_groups"]), list(entry["expert_to_group"]), compression)
+            fewer = {"num_experts": int(entry["num_experts"])} if "num_experts" in entry else {}
+            specs[layer] = LayerSpec(
+                int(entry["num_groups"]),
+                list(entry["expert_to_group"]),
+                compression,
+                merged=bool(entry.get("merged", True)),
+                **fewer,
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{Path(path) / 'config.json'}: layer {layer!r} is not described completely") from error
     return specs

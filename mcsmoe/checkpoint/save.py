@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mcsmoe.adapters.counts import experts_said
+from mcsmoe.adapters.dropping import settle
+from mcsmoe.adapters.registry import known_adapter
 from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.digests import write_sums
 from mcsmoe.artefacts.tensors import SHARD_BYTES, TensorInfo, by_alignment, write_tensors
@@ -21,7 +25,9 @@ PROVENANCE = "provenance.json"
 
 
 def specs_of(model: nn.Module) -> dict[LayerId, LayerSpec]:
-    """Structure of every merged or compressed layer of ``model``.
+    """Structure of every layer of ``model`` that is merged, compressed, or has fewer experts than others.
+
+    Where all layers have the same number of experts, the model's configuration says so from now on.
 
     Raises:
         ValueError: a residual is still dense; names the layer and says to pack the model.
@@ -34,6 +40,16 @@ def specs_of(model: nn.Module) -> dict[LayerId, LayerSpec]:
                 specs[layer] = module.spec()
             except ValueError as error:
                 raise ValueError(f"layer {layer!r}: {error}") from error
+    adapter = known_adapter(model)
+    if adapter is None:
+        return specs
+    counts = {layer: adapter.num_experts(model, layer) for layer in adapter.layers(model)}
+    settle(model, list(counts.values()))
+    said = experts_said(model.config)
+    for layer, experts in counts.items():
+        if len(said) == 1 and experts != said[0]:
+            own = LayerSpec(experts, list(range(experts)), merged=False)
+            specs[layer] = replace(specs.get(layer, own), num_experts=experts)
     return specs
 
 

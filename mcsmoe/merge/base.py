@@ -31,6 +31,7 @@ class MergeInputs:
     activation: ExpertActivation | None = None
     router: RouterWeights | None = None
     saliency_E: Tensor | None = None  # criterion of methods that prune by one
+    expert_sets: int = 1  # sets of consecutive experts among which the router chooses first
     seed: int = 0
     workers: int = 1  # threads for assignments
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mcsmoe.align import hidden
+from mcsmoe.grouping.kept import keep_highest
 from mcsmoe.merge.base import Merged, MergeInputs
 from mcsmoe.merge.prune import keep
-from mcsmoe.types import ExpertActivation, ExpertWeights, Grouping, Role
+from mcsmoe.types import ExpertActivation, ExpertWeights, Role
 
 
 @torch.no_grad()
@@ -39,25 +40,6 @@ def saliency(
     return made_E
 
 
-def keep_highest(grouping: Grouping, criterion_E: Tensor) -> Grouping:
-    """As many groups as ``grouping`` has, led by the experts with the highest criterion; ties go to the lower index.
-
-    An expert that is not kept joins the best kept expert of the group it was in, else the best of all.
-    """
-    experts, groups = grouping.num_experts, grouping.num_groups
-    order = torch.argsort(criterion_E, descending=True, stable=True)
-    dominant = order[:groups].sort().values
-    rank_E = torch.empty(experts, dtype=torch.int64)
-    rank_E[order] = torch.arange(experts)
-    kept_E = torch.zeros(experts, dtype=torch.bool)
-    kept_E[dominant] = True
-    same_EE = grouping.expert_to_group[:, None] == grouping.expert_to_group[None, :]
-    # A kept expert of the own group costs its rank, any other kept expert its rank after all of those.
-    cost_EE = (rank_E[None, :] + experts * ~same_EE).masked_fill(~kept_E[None, :], 2 * experts)
-    leader_E = torch.where(kept_E, torch.arange(experts), cost_EE.argmin(dim=1))
-    return Grouping(torch.searchsorted(dominant, leader_E), dominant)
-
-
 def reap(inputs: MergeInputs) -> Merged:
     """Keep the most salient experts, as many as there are groups; the router never chooses another.
 
@@ -72,4 +54,4 @@ def reap(inputs: MergeInputs) -> Merged:
         if inputs.gates is None:
             raise ValueError(f"layer {inputs.layer!r}: REAP needs the combine weights of the tokens in the reservoir")
         criterion_E = saliency(inputs.weights, tokens, inputs.gates, activation)
-    return keep(inputs, keep_highest(inputs.grouping, criterion_E), drop=True)
+    return keep(inputs, keep_highest(inputs.grouping, criterion_E, inputs.expert_sets), drop=True)

@@ -12,6 +12,7 @@ from mcsmoe.artefacts.tables import frame_of
 from mcsmoe.calibration.evidence import Evidence
 from mcsmoe.console import log, progress
 from mcsmoe.grouping import check_choices, plan
+from mcsmoe.grouping.kept import keep_highest
 from mcsmoe.grouping.weighting import WEIGHTINGS, shares
 from mcsmoe.methods import MERGES, SIMILARITIES, require_known
 from mcsmoe.similarity import similarity
@@ -58,6 +59,8 @@ class GroupSettings:
                 raise ValueError(f"experts is {self.experts}; layer {layer!r} has {experts}, give 1 to {experts}")
             if found.expert_to_group.unique().numel() != experts:
                 raise ValueError(f"layer {layer!r} is merged already; start from the model it came from")
+            if MERGES[self.merge].drops:
+                found.check_dropping(self.experts)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,15 @@ def group_layers(layers: Layers, settings: GroupSettings, evidence: Evidence, al
         seed=settings.seed,
         excluded=settings.exclude_layers,
     )
+    if MERGES[settings.merge].drops:
+        groupings = {
+            name: keep_highest(
+                grouping, importance(evidence.layer(name), settings.merge), layers.structure(name).expert_sets
+            )
+            if layers.structure(name).expert_sets > 1
+            else grouping
+            for name, grouping in groupings.items()
+        }
     for name, grouping in groupings.items():
         log.info("%s: %d experts in %d groups", name, grouping.num_experts, grouping.num_groups)
     return Groups(found, groupings)

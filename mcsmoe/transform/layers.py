@@ -59,9 +59,18 @@ class SparseLayer:
         """Install low-rank factors with a dense residual in place of every matrix."""
         self.adapter.write_compressed(self.model, self.id, factors, biases, expert_to_group)
 
-    def mask_router(self, dropped_E: Tensor) -> None:
-        """Let the router never choose the experts marked in ``dropped_E`` (bool [E]) again."""
-        self.adapter.mask_router(self.model, self.id, dropped_E)
+    @property
+    def expert_sets(self) -> int:
+        """How many sets of consecutive experts the router chooses among before it chooses experts."""
+        return self.adapter.expert_sets(self.model, self.id)
+
+    def check_dropping(self, kept: int) -> None:
+        """Raise ValueError, naming layer and reason, if the layer cannot go on with ``kept`` of its experts."""
+        self.adapter.check_dropping(self.model, self.id, kept)
+
+    def drop_experts(self, weights: ExpertWeights, expert_to_group: Tensor, dropped_E: Tensor) -> None:
+        """Install the experts that stay, so that the router never chooses one marked in ``dropped_E`` (bool [E])."""
+        self.adapter.drop_experts(self.model, self.id, weights, expert_to_group, dropped_E)
 
 
 class Layers(Protocol):

@@ -119,10 +119,12 @@ def merge_layer(layer: SparseLayer, grouping: Grouping, settings: MergeSettings,
             activation=layer.activation,
             router=layer.read_router(),
             saliency_E=statistics.saliency_E if "saliency" in needs else None,
+            expert_sets=layer.expert_sets,
             seed=settings.seed,
             workers=settings.threads,
         )
     )
-    layer.write_experts(merged.weights, merged.expert_to_group)
-    if merged.dropped_E is not None:
-        layer.mask_router(merged.dropped_E)
+    if merged.dropped_E is None:
+        layer.write_experts(merged.weights, merged.expert_to_group)
+    else:
+        layer.drop_experts(merged.weights, merged.expert_to_group, merged.dropped_E)

@@ -1,0 +1,88 @@
+"""Where a configuration says how many experts a layer has, and how many of them a token chooses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOICE_FIELDS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+    "top_k",
+)
+_OTHER_TOWERS = ("vision", "audio", "talker", "speech")
+
+Path = tuple[str, ...]
+
+
+def expert_paths(fields: Mapping[str, Any], experts: int) -> list[Path]:
+    """Keys, from the outermost inwards, of every entry of a configuration that says that a layer has ``experts`` experts.
+
+    Parts of a configuration that are models of their own, such as a text model's, are looked through; towers for images
+    and sound are not.
+    """
+    return [path for path, value in _entries(fields, EXPERT_FIELDS) if _says(value, experts)]
+
+
+def set_experts(fields: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+    """A copy of a configuration's ``fields`` with ``after`` for ``before`` experts; unchanged if it does not say so."""
+    made = copy.deepcopy(dict(fields))
+    for path in expert_paths(fields, before):
+        inside = made
+        for key in path[:-1]:
+            inside = inside[key]
+        old = inside[path[-1]]
+        inside[path[-1]] = [after] * len(old) if isinstance(old, list) else after
+    return made
+
+
+def set_experts_of(config: Any, before: int, after: int) -> None:
+    """The same for a configuration object, in place."""
+    for path in expert_paths(config.to_dict(), before):
+        inside = config
+        for key in path[:-1]:
+            inside = inside[key] if isinstance(inside, dict) else getattr(inside, key)
+        old = inside[path[-1]] if isinstance(inside, dict) else getattr(inside, path[-1])
+        new = [after] * len(old) if isinstance(old, list) else after
+        if isinstance(inside, dict):
+            inside[path[-1]] = new
+        else:
+            setattr(inside, path[-1], new)
+
+
+def experts_said(config: Any) -> list[int]:
+    """Every number of experts that a configuration names, in ascending order."""
+    found: set[int] = set()
+    for _, value in _entries(config.to_dict(), EXPERT_FIELDS):
+        found |= set(value) if isinstance(value, list) else {value}
+    return sorted(found)
+
+
+def choices_said(config: Any) -> int:
+    """How many experts a token chooses, where the configuration says; else 1."""
+    found = [value for _, value in _entries(config.to_dict(), CHOICE_FIELDS) if isinstance(value, int)]
+    return max(found, default=1)
+
+
+def _entries(fields: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[tuple[Path, Any]]:
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            if not any(part in key for part in _OTHER_TOWERS):
+                yield from (((key, *path), inner) for path, inner in _entries(value, names))
+        elif key in names and _is_count(value):
+            yield (key,), value
+
+
+def _is_count(value: Any) -> bool:
+    listed = value if isinstance(value, list) else [value]
+    return bool(listed) and all(isinstance(one, int) and not isinstance(one, bool) for one in listed)
+
+
+def _says(value: Any, experts: int) -> bool:
+    return all(one == experts for one in value) if isinstance(value, list) else value == experts
