@@ -21,7 +21,7 @@ from mcsmoe.types import LayerId
 
 NEVER = -1e9  # a router bias whose probability is exactly zero, and which sums and products keep finite
 _SETS = ("num_group", "n_group", "num_expert_group")
-_PROBES = 64  # tokens that a router is tried on
+_TRIALS, _PROBES = 4, 256  # times, and tokens a time, that a router is tried with random weights
 _SIBLINGS: dict[tuple[type, str, int], nn.Module] = {}
 
 
@@ -96,8 +96,8 @@ def slice_layer(model: Any, layer: LayerId, place: Place, before: int, kept: Ten
 def _shrink(block: nn.Module, small: nn.Module, before: int, kept: Tensor, layer: LayerId) -> None:
     changes: list[tuple[nn.Module, str, Tensor]] = []
     for path, module in list(block.named_modules()):
-        if isinstance(module, nn.ModuleDict | nn.ModuleList) and len(module) == before:
-            _keep_members(module, kept)
+        if isinstance(module, nn.ModuleDict | nn.ModuleList):
+            _keep_members(module, before, kept)
     for path, module in block.named_modules():
         if not _has(small, path):
             raise ValueError(f"layer {layer!r}: {path!r} has no place in a layer with {len(kept)} experts")
@@ -114,11 +114,12 @@ def _shrink(block: nn.Module, small: nn.Module, before: int, kept: Tensor, layer
         _recount(module, small.get_submodule(path), before, len(kept))
 
 
-def _keep_members(experts: nn.ModuleDict | nn.ModuleList, kept: Tensor) -> None:
-    """The same names, counted from zero, for the members that stay."""
-    members = [experts[name] for name in experts] if isinstance(experts, nn.ModuleDict) else list(experts)
-    names = list(experts._modules)
-    experts._modules.clear()
+def _keep_members(experts: nn.ModuleDict | nn.ModuleList, before: int, kept: Tensor) -> None:
+    """The same names, counted from zero, for the members that stay; what else the module holds stays too."""
+    names = [name for name in experts._modules if name[-1:].isdigit()]
+    if len(names) != before:
+        return
+    members = [experts._modules.pop(name) for name in names]
     for name, index in zip(names, kept.tolist(), strict=False):
         experts._modules[name] = members[index]
 
@@ -270,18 +271,22 @@ def slicing_is_exact(model: Any, layer: LayerId, place: Place, before: int, kept
     small = sibling(model, len(kept)).get_submodule(layer).get_submodule(place.router)
     _shrink(part, small, before, kept, layer)
     linear: Any = whole.get_submodule(place.linear)
-    inputs = torch.randn(1, _PROBES, linear.weight.shape[1], generator=random) * linear.weight.shape[1] ** -0.5
-    bias_E = 0.2 * torch.randn(before, generator=random)
-    try:
-        index_TK, weight_TK = _choose(whole, correction, inputs, bias_E.masked_fill(~kept_E, NEVER))
-        sliced_TK, sliced_weight_TK = _choose(part, correction, inputs, bias_E[kept])
-    except (RuntimeError, IndexError, TypeError, StopIteration):
-        return False
-    dense, sliced = (
-        torch.zeros(_PROBES, before).scatter_add(1, index, weight.float())
-        for index, weight in ((index_TK, weight_TK), (kept[sliced_TK], sliced_weight_TK))
-    )
-    return torch.equal(dense != 0, sliced != 0) and torch.allclose(dense, sliced, atol=1e-5)
+    width = linear.weight.shape[1]
+    for _ in range(_TRIALS):
+        inputs = torch.randn(_PROBES, width, generator=random) * width**-0.5
+        bias_E = torch.randn(before, generator=random) * 0.2
+        try:
+            index_TK, weight_TK = _choose(whole, correction, inputs, bias_E.masked_fill(~kept_E, NEVER))
+            sliced_TK, sliced_weight_TK = _choose(part, correction, inputs, bias_E[kept])
+        except (RuntimeError, IndexError, TypeError, ValueError, StopIteration):
+            return False
+        dense, sliced = (
+            torch.zeros(_PROBES, before).scatter_add(1, index, weight.float())
+            for index, weight in ((index_TK, weight_TK), (kept[sliced_TK], sliced_weight_TK))
+        )
+        if not torch.allclose(dense, sliced, atol=1e-5):
+            return False
+    return True
 
 
 def _choose(router: nn.Module, correction: Correction, inputs: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,7 +299,10 @@ def _choose(router: nn.Module, correction: Correction, inputs: Tensor, bias: Ten
     else:
         asked = list(inspect.signature(router.forward).parameters)[1:]
         given = {next(name for name in asked if "bias" in name): bias.reshape(shape)}
-    result = router(inputs, **given)
+    try:
+        result = router(inputs, **given)
+    except ValueError:  # it wants rows of tokens
+        result = router(inputs[None], **given)
     index = next(one for one in result if not one.is_floating_point())
     weight = next(one for one in result if one.is_floating_point() and one.shape == index.shape)
     return index.reshape(_PROBES, -1), weight.reshape(_PROBES, -1)
