@@ -26,6 +26,20 @@ def double(made: Any) -> None:
     made.set_experts_implementation("eager")
 
 
+def cast(made: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """In ``dtype`` as it is after loading: what no file holds, such as rotary frequencies, stays in float32."""
+    kept = {
+        (module, name): buffer
+        for module in made.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    }
+    made.to(dtype)
+    for (module, name), buffer in kept.items():
+        setattr(module, name, buffer)
+    return made
+
+
 def factors(weights: ExpertWeights, rank: int) -> dict[str, LowRankFactors]:
     made = {}
     for name in weights.names(Role.INPUT, Role.OUTPUT):

@@ -273,14 +273,10 @@ def test_without_a_mask_all_positions_count_and_a_mask_of_other_shape_is_refused
 
 # -- refusals ----------------------------------------------------------------------------------------------------
 REFUSED = {
-    "llama4": ("Llama4TextConfig", "Llama4ForCausalLM", r"'llama4_text'.*called with \(hidden_states\)"),
-    "longcat_flash": ("LongcatFlashConfig", "LongcatFlashForCausalLM", "neither how they are laid out"),
-    "inkling": ("InklingTextConfig", "InklingForCausalLM", "258 scores, while 256 experts"),
+    "longcat_flash": ("LongcatFlashConfig", "LongcatFlashForCausalLM", "256 of its experts have no weights"),
     "zaya": ("ZayaConfig", "ZayaForCausalLM", "not one linear map"),
-    "gemma4": ("Gemma4TextConfig", "Gemma4ForCausalLM", r"more than one linear map.*scale"),
     "jetmoe": ("JetMoeConfig", "JetMoeForCausalLM", "JetMoeParallelExperts.*no adapter"),
 }
-GEMMA = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
 
 
 @pytest.mark.parametrize("family", list(REFUSED))
@@ -290,7 +286,7 @@ def test_families_that_cannot_be_treated_exactly_are_refused_by_name_with_the_re
 
     config, cls, message = REFUSED[family]
     with torch.device("meta"), no_init_weights():
-        made = getattr(transformers, cls)(getattr(transformers, config)(**(GEMMA if family == "gemma4" else {})))
+        made = getattr(transformers, cls)(getattr(transformers, config)())
     with pytest.raises(ValueError, match=rf"(?s){cls}.*{message}.*supported: switch_transformers"):
         adapter_for(made)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_forms import biases, compress, double, factors, merge, one_token, opened
+from fused_forms import biases, cast, compress, double, factors, merge, one_token, opened
 from tiny_models import DECODERS, batch, logits
 from torch import Tensor, nn
 
@@ -158,7 +158,7 @@ def test_models_with_redirected_layers_can_be_copied_and_keep_no_stock_weights()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_then_load_gives_the_same_bits(family: str, form: str, dtype: torch.dtype, tmp_path: Path) -> None:
     made, adapter, layers = opened(family)
-    made.to(dtype)
+    cast(made, dtype)
     if form != "stock":
         merge(made, adapter, layers[1:])
     if form == "compressed":

@@ -112,7 +112,7 @@ class Adapter(ABC):
         """
         return 1
 
-    def check_dropping(self, model: nn.Module, layer: LayerId, kept: int) -> None:
+    def check_dropping(self, model: nn.Module, layer: LayerId, kept: int) -> None:  # noqa: B027
         """Raise ValueError, naming the layer and the reason, if ``layer`` cannot go on with ``kept`` of its experts.
 
         Needs no weights, so it can be asked before any work starts.

@@ -95,7 +95,7 @@ def slice_layer(model: Any, layer: LayerId, place: Place, before: int, kept: Ten
 
 def _shrink(block: nn.Module, small: nn.Module, before: int, kept: Tensor, layer: LayerId) -> None:
     changes: list[tuple[nn.Module, str, Tensor]] = []
-    for path, module in list(block.named_modules()):
+    for module in list(block.modules()):
         if isinstance(module, nn.ModuleDict | nn.ModuleList):
             _keep_members(module, before, kept)
     for path, module in block.named_modules():
@@ -145,7 +145,7 @@ def _rows(tensor: Tensor, wanted: tuple[int, ...], before: int, kept: Tensor, wh
 def _recount(module: nn.Module | None, small: nn.Module, before: int, after: int) -> None:
     """Counters of experts: plain numbers that a smaller model has otherwise."""
     for name, value in vars(module).items() if module is not None else ():
-        new = vars(small).get(name)
+        new: Any = vars(small).get(name)
         counts = isinstance(value, int) and isinstance(new, int) and not isinstance(value, bool) and value != new
         if counts and (value - new == before - after or value * after == new * before):
             setattr(module, name, new)

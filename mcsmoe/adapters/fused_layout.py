@@ -100,7 +100,8 @@ class FlatLayout(Layout):
     """Matrices [E * F, D] of all experts one below the other, the output projection too (DBRX)."""
 
     def dimensions(self, experts: Any) -> tuple[int, int]:
-        return experts.num_experts, flat_matrices(experts).w1.shape[1]  # type: ignore[union-attr, index]
+        inside: Any = flat_matrices(experts)
+        return int(experts.num_experts), int(inside.w1.shape[1])
 
     def activation(self, experts: Any) -> Any:
         return flat_matrices(experts).activation_fn  # type: ignore[union-attr]
@@ -116,7 +117,7 @@ def flat_matrices(experts: nn.Module) -> nn.Module | None:
     for child in experts.children():
         own = child._parameters
         if set(own) >= set(_FLAT) and hasattr(experts, "num_experts"):
-            shapes = {tuple(own[name].shape) for name in _FLAT if own[name] is not None}
+            shapes = {tuple(tensor.shape) for name in _FLAT if (tensor := own[name]) is not None}
             if len(shapes) == 1 and len(next(iter(shapes))) == 2:
                 return child
     return None
@@ -135,20 +136,20 @@ class FamilyActivation:
 
     def __init__(self, experts: Any) -> None:
         self.layout = Layout.of(experts)
-        self.function = self.layout.activation(experts)
+        gate = getattr(type(experts), "_apply_gate", None)
+        self.plain = gate is None or gate.__name__ == "_default_apply_gate" or not self.layout.gated
+        self.function: Any = self.layout.activation(experts) if self.plain else None
         # The gate may use attributes of the module (limits, activation), so it is kept, emptied of its weights.
         self.module = copy.copy(experts)
         self.module.__dict__["_parameters"] = {}
         self.module.__dict__["_modules"] = {
             name: child for name, child in experts._modules.items() if child is not flat_matrices(experts)
         }
-        gate = getattr(type(experts), "_apply_gate", None)
-        self.plain = gate is None or gate.__name__ == "_default_apply_gate" or not self.layout.gated
 
     def __call__(self, outputs: Mapping[str, Tensor]) -> Tensor:
         if not self.layout.gated:
             return self.function(outputs["up"])
-        if self.plain:
+        if self.function is not None:
             return self.function(outputs["gate"]) * outputs["up"]
         return self.module._apply_gate(self.layout.join(outputs["gate"], outputs["up"]))
 
