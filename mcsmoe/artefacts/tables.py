@@ -132,6 +132,15 @@ SCHEMAS: dict[str, pa.Schema] = {
         dtype=(_STRING, "setting: number format"),
         experts_per_layer=(pa.list_(_INT), "distinct experts stored in each sparse layer"),
     ),
+    "language": _schema(
+        row=(_STRING, "file and row of the document"),
+        domain=(_STRING, "its domain"),
+        tokens=(_LONG, "tokens that were predicted"),
+        nats=(_FLOAT, "sum over them of the negative log-probability"),
+        reference_nats=(_FLOAT, "the same of the reference; NaN without one"),
+        divergence=(_FLOAT, "sum of KL(reference, model) over the predictions, nats; NaN without a reference"),
+        agreement=(_FLOAT, "predictions whose likeliest token is the reference's; NaN without one"),
+    ),
     "summary": _schema(
         task=(_STRING, "task name"),
         variant=(_STRING, "method"),

@@ -78,6 +78,9 @@ class Replay:
     def installed(self) -> Iterator[Replay]:
         """The blocks of the model do as this object says."""
         blocks = {path: self.model.get_submodule(path) for path in self.stack_of}
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        # A head that is asked only whether there is another block need not compute logits of the whole vocabulary.
+        hook = head.register_forward_pre_hook(self._at_the_end) if isinstance(head, nn.Module) else None
         for path, block in blocks.items():
             block.forward = self._wrapped(path, block.forward)
         try:
@@ -85,6 +88,12 @@ class Replay:
         finally:
             for block in blocks.values():
                 del block.forward
+            if hook is not None:
+                hook.remove()
+
+    def _at_the_end(self, *_call: Any) -> None:
+        if self._entered:
+            raise _Halt
 
     def _wrapped(self, path: str, usual: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -117,8 +126,8 @@ class Replay:
         """Path of the block that is called after ``number`` others; None where the model ends before."""
         if number < len(self.order):
             return self.order[number]
-        ended = self._run(number, inputs, saved, entered=True)
-        return None if ended is not None else self.order[number]
+        self._run(number, inputs, saved, entered=True)
+        return self.order[number] if number < len(self.order) else None
 
     def block(self, number: int, inputs: Batch, saved: Saved) -> Any:
         """What the block that is called after ``number`` others gives."""

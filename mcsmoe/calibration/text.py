@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mcsmoe.calibration.rows import Row, read_rows
 from mcsmoe.train.losses import IGNORED
 
-__all__ = ["Batch", "Row", "batches", "needs_tokenizer", "read_rows", "vocabulary_of"]
+__all__ = ["Batch", "Row", "batches", "encoded", "needs_tokenizer", "read_rows", "vocabulary_of"]
 
 log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
@@ -78,6 +78,17 @@ def batches(
     # Padding is masked, but has to be embedded all the same.
     pad = 0 if vocabulary is not None and pad >= vocabulary else pad
     return [_batch(kept[start : start + batch_size], pad) for start in range(0, len(kept), batch_size)]
+
+
+def encoded(
+    row: Row, tokenizer: Any, encoder_decoder: bool, max_tokens: int, vocabulary: int | None = None
+) -> Batch | None:
+    """One row as a batch of its own, with arguments, fields and errors as in ``batches``; None if it gives no tokens."""
+    if vocabulary is not None:
+        for name in ("input_ids", "labels"):
+            _check_ids(row.fields.get(name, ()), vocabulary, f"{row.place}: field {name!r}")
+    pair = _cut(*_sides(row, tokenizer, encoder_decoder, vocabulary), encoder_decoder, max_tokens)
+    return _batch([pair], 0) if pair[0] and pair[1] else None
 
 
 def _batch(pairs: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
