@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import stat
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 SUMS = "SHA256SUMS"
 SEAL = "mcsmoe_sha256"
@@ -18,10 +19,22 @@ UNSEALED = "0" * 64
 _CHUNK = 1 << 20
 
 
+def regular_file(file: Path) -> Path:
+    """``file``, which is an ordinary one: reading a device or a pipe may never end.
+
+    Raises:
+        ValueError: it is something else; names it.
+        OSError: it is not there or cannot be looked at.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError(f"{file}: not an ordinary file, so it is not read; put a copy of the file there")
+    return file
+
+
 # -- digests of folders ------------------------------------------------------------------------------------------
 def digest_file(file: Path) -> str:
     """SHA-256 of a file's content; hexadecimal."""
-    with file.open("rb") as handle:
+    with regular_file(file).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
@@ -31,7 +44,7 @@ def digest_files(files: list[Path]) -> str:
     for file in files:
         digest.update(file.name.encode())
         digest.update(b"\0")
-        with file.open("rb") as handle:
+        with regular_file(file).open("rb") as handle:
             while chunk := handle.read(_CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
@@ -47,11 +60,11 @@ def read_sums(folder: str | Path) -> dict[str, str]:
     """SHA-256 by file name as ``SHA256SUMS`` of ``folder`` lists them; empty without one.
 
     Raises:
-        ValueError: it is not such a list; names it.
+        ValueError: it is not such a list, or names a file outside the folder; names it.
     """
     file = Path(folder) / SUMS
     try:
-        lines = file.read_bytes().decode().splitlines()
+        lines = regular_file(file).read_bytes().decode().splitlines()
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
@@ -61,6 +74,11 @@ def read_sums(folder: str | Path) -> dict[str, str]:
         parts = re.fullmatch(r"([0-9a-f]{64})  (\S.*)", line)
         if parts is None:
             raise ValueError(f"{file}: line {number} is not a SHA-256 and a file name; {_rebuild(file.parent)}")
+        name = PurePosixPath(parts[2])
+        if name.is_absolute() or ".." in name.parts or "\0" in parts[2]:
+            raise ValueError(
+                f"{file}: line {number} names {parts[2]!r}, which is not a file of this folder; {_rebuild(file.parent)}"
+            )
         found[parts[2]] = parts[1]
     if not found:
         raise ValueError(f"{file}: lists nothing; {_rebuild(file.parent)}")

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mcsmoe.artefacts.atomic import atomic_file
-from mcsmoe.artefacts.digests import SEAL, UNSEALED, check_seal, seal
+from mcsmoe.artefacts.digests import SEAL, UNSEALED, check_seal, regular_file, seal
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -38,10 +39,15 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
+_WEIGHT_FILE = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,10 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat)
 
 
+class _OtherFormatError(ValueError):
+    """A tensor in a number format that torch does not know."""
+
+
 class TensorFile:
     """One safetensors file, its header checked against its size.
 
@@ -78,7 +88,7 @@ class TensorFile:
         self.tensors: dict[str, TensorInfo] = {}
         self._start: dict[str, int] = {}
         try:
-            size = self.path.stat().st_size
+            size = regular_file(self.path).stat().st_size
             with self.path.open("rb") as handle:
                 length = int.from_bytes(handle.read(8), "little")
                 if not 2 <= length <= min(size, _LONGEST_HEADER):
@@ -88,7 +98,14 @@ class TensorFile:
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             end = self._data
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                if entry["dtype"] not in _DTYPES:
+                    raise _OtherFormatError(
+                        f"{self.path}: tensor {name!r} has the number format {entry['dtype']!r}, which a quantised "
+                        "checkpoint uses and which is not read; start from the model in bfloat16 or float32"
+                    )
                 info = TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                if any(type(length) is not int or length < 0 for length in info.shape):
+                    raise ValueError(f"tensor {name!r} has the shape {info.shape}")
                 start, stop = (self._data + offset for offset in entry["data_offsets"])
                 if start != end or stop - start != info.nbytes:
                     raise ValueError(f"tensor {name!r} does not lie where its header says")
@@ -97,7 +114,9 @@ class TensorFile:
                 raise ValueError(f"it has {size} bytes where its header promises {end}")
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read ({error.strerror}); restore or rebuild it") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except _OtherFormatError as error:
+            raise ValueError(str(error)) from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{self.path}: truncated or not a safetensors file ({error}); restore or rebuild it"
             ) from error
@@ -120,6 +139,15 @@ class TensorFile:
         with self.path.open("rb", buffering=0) as handle:
             handle.seek(self._start[name])
             return self._fill(handle, name)
+
+    def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytes]:
+        """The bytes of one tensor, a part at a time."""
+        left = self.tensors[name].nbytes
+        with self.path.open("rb", buffering=0) as handle:
+            handle.seek(self._start[name])
+            while left and (chunk := handle.read(min(left, size))):
+                left -= len(chunk)
+                yield chunk
 
     def overwrite(self, name: str, tensor: Tensor) -> None:
         """Put ``tensor`` in the place of the stored one, in its number format.
@@ -164,25 +192,30 @@ class TensorFile:
 
 
 class TensorFolder:
-    """The weights of a checkpoint folder: one safetensors file, or several with an index.
+    """The weights of a checkpoint folder: one safetensors file, or several with an index, or the ``files`` given.
 
     Raises:
-        ValueError: no safetensors weights, or an index that names files or tensors which are not there.
+        ValueError: no safetensors weights, two sets of them, or an index that names files or tensors which are not there.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, files: Iterable[str] | None = None) -> None:
         self.folder = Path(folder)
         self.files: dict[str, TensorFile] = {}
+        if files is not None:
+            self.files = {name: TensorFile(self.folder / name) for name in files}
+            self.where = {tensor: file for file in self.files.values() for tensor in file.tensors}
+            return
         index = self.folder / INDEX
-        if index.is_file():
-            try:
-                weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{index}: not an index of safetensors files") from error
-            names = sorted(set(weight_map.values()))
-        elif (self.folder / SINGLE).is_file():
-            weight_map, names = {}, [SINGLE]
-        else:
+        weight_map = _read_index(index) if index.exists() else {}
+        names = sorted(set(weight_map.values())) if weight_map else [SINGLE]
+        single = (self.folder / SINGLE).exists()
+        if weight_map and single and names != [SINGLE]:
+            # Transformers reads the single file, other readers what the index names.
+            raise ValueError(
+                f"{self.folder}: holds two sets of weights, {SINGLE} and the {len(names)} files that {INDEX} names, and "
+                "readers differ in which they take; move the one that is not meant out of the folder"
+            )
+        if not weight_map and not single:
             raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}; only safetensors checkpoints are read")
         for name in names:
             self.files[name] = TensorFile(self.folder / name)
@@ -196,8 +229,35 @@ class TensorFolder:
         """Every tensor, in the order of the files."""
         return {name: file.tensors[name] for name, file in self.where.items()}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files that are read."""
+        return sum(file.path.stat().st_size for file in self.files.values())
+
     def read(self, name: str) -> Tensor:
         return self.where[name].read(name)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """File name by tensor name.
+
+    Raises:
+        ValueError: not an index, or one that names anything but safetensors files beside it; names the file.
+    """
+    try:
+        weight_map = json.loads(regular_file(index).read_bytes())["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise TypeError("no weight_map")
+    except OSError as error:
+        raise ValueError(f"{index}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index}: not an index of safetensors files ({error})") from error
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
+            raise ValueError(
+                f"{index}: tensor {tensor!r} is said to be in {name!r}, but only *.safetensors files beside the index are read"
+            )
+    return weight_map
 
 
 # -- sealed files ------------------------------------------------------------------------------------------------

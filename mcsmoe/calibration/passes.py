@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,28 @@ _INPUTS = ("input_ids", "attention_mask", "labels")
 
 def _inputs(batch: Batch, device: torch.device) -> Batch:
     return {name: batch[name].to(device) for name in _INPUTS if name in batch}
+
+
+def routing_inputs(model: Any, batch: Batch) -> Batch:
+    """What routing depends on. Only an encoder-decoder model needs labels, to shift them into its decoder.
+
+    A head that is not a language model's would compare them with something else.
+    """
+    shifted = bool(getattr(model.config, "is_encoder_decoder", False))
+    return {name: value for name, value in batch.items() if name != "labels" or shifted}
+
+
+@contextmanager
+def padding_known(model: Any) -> Iterator[None]:
+    """Classification heads look for the last token by the padding; which one it is changes no routing."""
+    config = model.config.get_text_config()
+    before = getattr(config, "pad_token_id", None)
+    if before is None:
+        config.pad_token_id = 0
+    try:
+        yield
+    finally:
+        config.pad_token_id = before
 
 
 @torch.no_grad()
@@ -52,11 +75,11 @@ def collect_routing(
         seen["activations"] = {layer: adapter.activation(model, layer) for layer in layers}
     rank, world = processes.rank(), processes.count()
     rounds = progress(_rounds(batches, world), "routing statistics", total=-(-total // world))
-    with adapter.capture(model) as captured:
+    with adapter.capture(model) as captured, padding_known(model):
         for batches_of_round in rounds:
             mine = batches_of_round[rank : rank + 1]
             for batch in mine:
-                model(**_inputs(batch, device), use_cache=False)
+                model(**routing_inputs(model, _inputs(batch, device)), use_cache=False)
             found = captured.batches if mine else {}
             if world > 1:
                 # Tokens are numbered as in one pass: those of the processes before this one come first.

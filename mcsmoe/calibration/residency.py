@@ -13,7 +13,7 @@ from torch import nn
 
 from mcsmoe.checkpoint.mapped import MappedFolder
 from mcsmoe.checkpoint.skeleton import fill_buffers
-from mcsmoe.checkpoint.streaming import Streamed, forget
+from mcsmoe.checkpoint.streaming import Streamed
 
 
 def give_back_memory() -> None:
@@ -32,7 +32,7 @@ class Residency:
 
     def __init__(self, source: Streamed, blocks: Iterable[str], device: torch.device) -> None:
         self.source, self.device = source, device
-        self.files = MappedFolder(source.folder)
+        self.files = MappedFolder(source.folder, source.tensors.files)
         source.tensors = self.files
         self.blocks = list(blocks)
         self._below: dict[str, list[str]] = {block: [] for block in self.blocks}
@@ -51,8 +51,8 @@ class Residency:
     def open(self) -> Iterator[Any]:
         """The model; what stands outside the blocks is mapped, and goes to the device when it is first called."""
         model = self.source.model
-        self.source.load(self._outside)
-        model.tie_weights()
+        self.source.load_to_run(self._outside)
+        model.tie_weights(recompute_mapping=False)
         fill_buffers(model, torch.device("cpu"))
         hooks = [
             module.register_forward_pre_hook(lambda module, _inputs: self._arrive(module))
@@ -66,8 +66,7 @@ class Residency:
             for hook in hooks:
                 hook.remove()
             self.wait()
-            forget(model)
-            model.tie_weights()
+            self.source.forget_below("")
 
     def _arrive(self, module: nn.Module) -> None:
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -78,7 +77,7 @@ class Residency:
     def load(self, block: str) -> None:
         """The weights of ``block``, on the device."""
         self.wait()
-        self.source.load(self._below[block])
+        self.source.load_to_run(self._below[block])
         module = self.source.model.get_submodule(block)
         for path, part in module.named_modules():
             for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
@@ -87,7 +86,7 @@ class Residency:
 
     def forget(self, block: str) -> None:
         """Empty ``block``."""
-        forget(self.source.model.get_submodule(block))
+        self.source.forget_below(block)
         give_back_memory()
 
     def read_ahead(self, block: str | None) -> None:

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mcsmoe.artefacts.digests import regular_file
 from mcsmoe.checkpoint.auto import MODEL_TYPE
 from mcsmoe.types import CompressionSpec, LayerId, LayerSpec
 
 SECTION, FORMAT_VERSION = "mcsmoe", 1
+UNPLACED = "unplaced"
+"""Entry of the section: names of tensors in the files that no module of the model has a place for."""
+_LONGEST_CONFIG = 1 << 26
+_FILE = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 STRUCTURE_KEY = "mcsmoe_structure"
 """Metadata entry of every weight file: the digest of the structure it was written for."""
 
@@ -27,10 +33,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     file = Path(folder) / "config.json"
     try:
-        config = json.loads(file.read_text())
+        if regular_file(file).stat().st_size > _LONGEST_CONFIG:
+            raise ValueError(f"longer than {_LONGEST_CONFIG} bytes")
+        config = json.loads(file.read_bytes())
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: no config.json, so this is not a checkpoint folder") from error
-    except ValueError as error:
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file}: not a model configuration")
@@ -63,15 +73,20 @@ def _structure_digest(section: Mapping[str, Any]) -> str:
 
 
 def make_section(
-    base_model_type: str, specs: Mapping[LayerId, LayerSpec], provenance: Mapping[str, Any] | None
+    base_model_type: str,
+    specs: Mapping[LayerId, LayerSpec],
+    provenance: Mapping[str, Any] | None,
+    unplaced: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The section without the digests of the weight files, which are added once written."""
-    return {
+    section = {
         "format_version": FORMAT_VERSION,
         "base_model_type": base_model_type,
         "layers": {layer: _layer_json(spec) for layer, spec in specs.items()},
         "provenance": dict(provenance or {}),
     }
+    names = sorted(unplaced)
+    return {**section, UNPLACED: names} if names else section
 
 
 def metadata(section: Mapping[str, Any]) -> dict[str, str]:
@@ -83,8 +98,9 @@ def write_config(
     folder: Path, config: Mapping[str, Any], section: Mapping[str, Any], digests: Mapping[str, str]
 ) -> None:
     """config.json of a compact checkpoint: the base model's own, our model type, and the finished section."""
-    whole = {**config, "model_type": MODEL_TYPE, SECTION: {**section, "files": dict(digests)}}
-    (folder / "config.json").write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
+    ours = json.loads(json.dumps({**section, "files": dict(digests)}, sort_keys=True))
+    whole = {**config, "model_type": MODEL_TYPE, SECTION: ours}
+    (folder / "config.json").write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_section(folder: str | Path) -> dict[str, Any]:
@@ -104,6 +120,14 @@ def read_section(folder: str | Path) -> dict[str, Any]:
     missing = {"base_model_type", "layers", "files"} - set(section)
     if missing:
         raise ValueError(f"{file}: section {SECTION!r} lacks {sorted(missing)}")
+    for name, kind in (("base_model_type", str), ("layers", dict), ("files", dict), (UNPLACED, list)):
+        if not isinstance(section.get(name, kind()), kind):
+            raise ValueError(f"{file}: {name!r} in section {SECTION!r} is not a {kind.__name__}")
+    for name in section["files"]:
+        if not _FILE.fullmatch(name):
+            raise ValueError(
+                f"{file}: section {SECTION!r} names the file {name!r}; only *.safetensors beside it are read"
+            )
     return section
 
 
@@ -130,13 +154,33 @@ def layer_specs(path: str | Path) -> dict[LayerId, LayerSpec]:
             kept = entry["compression"]
             compression = None if kept is None else CompressionSpec(int(kept["rank"]), dict(kept["kept_rows"]))
             fewer = {"num_experts": int(entry["num_experts"])} if "num_experts" in entry else {}
-            specs[layer] = LayerSpec(
+            spec = LayerSpec(
                 int(entry["num_groups"]),
                 list(entry["expert_to_group"]),
                 compression,
                 merged=bool(entry.get("merged", True)),
                 **fewer,
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{Path(path) / 'config.json'}: layer {layer!r} is not described completely") from error
+            _check_spec(spec)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{Path(path) / 'config.json'}: layer {layer!r} is not described completely ({error})"
+            ) from error
+        specs[layer] = spec
     return specs
+
+
+def _check_spec(spec: LayerSpec) -> None:
+    """Compare the numbers of a layer with each other, before anything of their size is made."""
+    experts = len(spec.expert_to_group)
+    if not 1 <= spec.num_groups <= experts:
+        raise ValueError(f"{spec.num_groups} groups for {experts} experts")
+    if any(type(group) is not int or not 0 <= group < spec.num_groups for group in spec.expert_to_group):
+        raise ValueError(f"expert_to_group names other groups than 0 to {spec.num_groups - 1}")
+    if spec.compression is None:
+        return
+    for name, rows in spec.compression.kept_rows.items():
+        if len(rows) != spec.num_groups or any(type(count) is not int or count < 0 for count in rows):
+            raise ValueError(f"kept_rows of {name!r} are not {spec.num_groups} numbers of rows")
+    if spec.compression.rank < 0:
+        raise ValueError(f"rank {spec.compression.rank}")

@@ -8,20 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mcsmoe.artefacts.digests import check_sums
-from mcsmoe.artefacts.tensors import INDEX, TensorFile
+from mcsmoe.artefacts.tensors import INDEX, TensorFolder, TensorInfo
+from mcsmoe.checkpoint import fields, leftovers
 from mcsmoe.checkpoint import format as compact
-from mcsmoe.checkpoint.save import PROVENANCE, dtype_of
-from mcsmoe.checkpoint.skeleton import fill_buffers, model_class, parse_dtype, skeleton
+from mcsmoe.checkpoint.names import NameMap
+from mcsmoe.checkpoint.save import PROVENANCE, own_tensors, place
+from mcsmoe.checkpoint.skeleton import fill_buffers, parse_dtype, run_dtypes, skeleton, stock_skeleton
+from mcsmoe.checkpoint.vetting import open_weights, refuse_scales
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_HUB_LEFT_OUT = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.ckpt",
+    "original/*",
+    "consolidated*",
+]
 _ALTERED = "it is altered or of another model; restore or rebuild it"
 _OF_MODEL = ("config.json", "generation_config.json", INDEX)
 
@@ -36,7 +51,7 @@ def resolve(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(str(path), ignore_patterns=_HUB_LEFT_OUT))
     except Exception as error:  # the hub client raises a dozen kinds, from OSError to its own
         raise ValueError(f"{path}: neither a folder nor a model that can be fetched from the hub ({error})") from error
 
@@ -70,17 +85,35 @@ def load_model(
 def _load_stock(
     folder: Path, config: dict[str, Any], dtype: torch.dtype | None, device: torch.device, dense: bool
 ) -> nn.Module:
+    tensors = open_weights(folder, config)
+    check_sums(folder, lambda name: name in tensors.files)
+    empty = stock_skeleton(folder, config)
+    _check_kind(folder, empty, dense)
+    names = NameMap(empty, tensors, stored_as_named=False)
+    refuse_scales(tensors, names.unplaced, type(empty).__name__)
+    names.check(list(own_tensors(empty)))
+    try:
+        model, report = type(empty).from_pretrained(
+            folder,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, RuntimeError, ImportError) as error:
+        raise ValueError(f"{folder}: {error}") from error
+    _check_kind(folder, model, dense)
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"{folder}: {len(missing)} weights are missing, among them {missing[0]!r}")
+    _align(model)
+    _remember(model, folder, config, names.unplaced)
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _check_kind(folder: Path, model: nn.Module, dense: bool) -> None:
     from mcsmoe.adapters.registry import adapter_for, has_experts
 
-    for file in sorted(folder.glob("*.safetensors")):
-        TensorFile(file)
-    check_sums(folder, lambda name: name.endswith(".safetensors"))
-    try:
-        model, report = model_class(folder, config).from_pretrained(
-            folder, dtype="auto" if dtype is None else dtype, output_loading_info=True, use_safetensors=True
-        )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {error}") from error
     try:
         if not dense:
             adapter_for(model)
@@ -88,11 +121,17 @@ def _load_stock(
             raise ValueError(f"{type(model).__name__} has experts, and a dense model is asked for; name one without")
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ValueError(f"{folder}: {len(missing)} weights are missing, among them {missing[0]!r}")
-    _align(model)
-    return model.to(device).eval()
+
+
+def _remember(model: Any, folder: Path, config: dict[str, Any], unplaced: Mapping[str, TensorInfo]) -> None:
+    """Note on ``model`` what it was read from, for ``save_model``; say what of the files is not in it."""
+    if unplaced:
+        going = [name for name in unplaced if leftovers.is_prediction(name, model.config)]
+        why = f"{type(model).__name__} has no place for it"
+        leftovers.say_left_out(folder, unplaced, f"{why}; what mcsmoe.save writes of this model is without it")
+        source = fields.source_fields(config)
+        config = {**config, **(leftovers.without_prediction(source) if going else source)}
+    fields.remember(model, folder, config)
 
 
 @torch.no_grad()
@@ -103,43 +142,51 @@ def _align(model: nn.Module, boundary: int = 64) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    old = getattr(module, attribute)
-    if old.shape != tensor.shape:
-        raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, the model needs {tuple(old.shape)}")
-    if isinstance(old, nn.Parameter):
-        tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
-    setattr(module, attribute, tensor)
-
-
 def _load_compact(folder: Path, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    section = compact.read_section(folder)
+    section, config = compact.read_section(folder), compact.read_config(folder)
+    tensors = compact_weights(folder, config, section)
     model: Any = skeleton(folder, dtype)
-    expected = set(model.state_dict())
+    names = NameMap(model, tensors, stored_as_named=True)
+    strange = sorted(set(names.unplaced) - set(section.get(compact.UNPLACED, [])))
+    if strange:
+        raise ValueError(
+            f"{tensors.where[strange[0]].path}: tensor {strange[0]!r} has no place in the model; {_ALTERED}"
+        )
+    names.check(list(own_tensors(model)))
+    said = parse_dtype(fields.said_dtype(config))
+    formats = run_dtypes(model, dtype or said) if dtype or said else {}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, sha256 in section["files"].items():
-        file = TensorFile(folder / name)
-        compact.check_structure(file.path, file.metadata, section)
+        file = tensors.files[name]
         for key, tensor in file.stream(sha256):
-            if key not in expected:
-                raise ValueError(f"{file.path}: tensor {key!r} has no place in the model; {_ALTERED}")
-            wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            try:
-                _assign(model, key, tensor.to(device=device, dtype=wanted))
-            except ValueError as error:
-                raise ValueError(f"{file.path}: {error}; {_ALTERED}") from error
-    model.tie_weights()
+            if key in names.units:
+                place(model, key, tensor.to(device=device, dtype=formats.get(key, tensor.dtype)))
+    model.tie_weights(recompute_mapping=False)
+    fill_buffers(model, device)
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} weights are missing, among them {missing[0]!r}")
-    fill_buffers(model, device)
-    model.config.dtype = dtype_of(model)
+    model.config.dtype = fields.main_dtype(model)
     with contextlib.suppress(OSError):
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
+    _remember(model, folder, config, names.unplaced)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def compact_weights(folder: Path, config: Mapping[str, Any], section: Mapping[str, Any]) -> TensorFolder:
+    """The weight files of a compact checkpoint, by their headers.
+
+    Raises:
+        ValueError: they are not those that the section lists, or not of its structure; names the file.
+    """
+    tensors = open_weights(folder, fields.source_fields(config), section["files"])
+    for file in tensors.files.values():
+        compact.check_structure(file.path, file.metadata, section)
+    return tensors
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -155,4 +202,8 @@ def load_tokenizer(path: str | Path) -> Any:
     check_sums(folder, lambda name: name not in other and not name.endswith(".safetensors"))
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model")):
         raise ValueError(f"{folder}: no tokenizer (tokenizer.json) beside the model")
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a damaged tokenizer file raises whatever its reader meets
+        text = " ".join(str(error).split())[:400]
+        raise ValueError(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {text})") from error

@@ -64,8 +64,8 @@ class MappedFolder(TensorFolder):
         ValueError: as ``TensorFolder``.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: str | Path, files: Iterable[str] | None = None) -> None:
+        super().__init__(folder, files)
         self._mapped = {name: MappedFile(file.path) for name, file in self.files.items()}
         self.files = dict(self._mapped)
         self.where = {tensor: file for file in self.files.values() for tensor in file.tensors}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mcsmoe.adapters.counts import experts_said
@@ -17,6 +16,7 @@ from mcsmoe.adapters.registry import known_adapter
 from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.digests import write_sums
 from mcsmoe.artefacts.tensors import SHARD_BYTES, TensorInfo, by_alignment, write_tensors
+from mcsmoe.checkpoint import fields
 from mcsmoe.checkpoint import format as compact
 from mcsmoe.modules import RedirectedExperts
 from mcsmoe.types import LayerId, LayerSpec
@@ -71,6 +71,14 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
     return found.detach()
 
 
+def place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put ``tensor`` where ``model`` has the parameter or buffer of that name; it takes no gradient."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = getattr(module, attribute)
+    setattr(module, attribute, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)
+
+
 def save_model(
     model: nn.Module,
     path: str | Path,
@@ -90,17 +98,55 @@ def save_model(
     with atomic_directory(path) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if not specs:
-            model.save_pretrained(folder, max_shard_size=shard_bytes)  # type: ignore[operator]
-            if provenance is not None:
-                (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n")
-            return
         tensors = own_tensors(model)
-        infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
-        write_folder(folder, model, infos, tensors.__getitem__, provenance, shard_bytes)
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
+        if not specs:
+            # The library's own writer gives the names and shapes that every reader of the family knows.
+            model.save_pretrained(folder, max_shard_size=shard_bytes)  # type: ignore[operator]
+            fields.write_json(folder / "config.json", true_ties(model, fields.config_of(model)))
+            write_provenance(folder, provenance)
+        else:
+            infos = {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
+            config = true_ties(model, fields.config_of(model))
+            write_folder(folder, model, infos, tensors.__getitem__, provenance, shard_bytes, config)
+        fields.write_generation(model, folder)
+
+
+def true_ties(model: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` that does not call embeddings tied of which no two are one tensor.
+
+    Where some of a model's ties hold and others do not, what the files hold decides on loading.
+    """
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    state = model.state_dict()
+    holding = [
+        one for one, two in tied.items() if one in state and two in state and same_tensor(state[one], state[two])
+    ]
+    declared = getattr(model.config.get_text_config(), "tie_word_embeddings", False) or getattr(
+        model.config, "tie_word_embeddings", False
+    )
+    classes = getattr(type(model), "_tied_weights_keys", None)
+    # An encoder-decoder may scale its outputs by this field, whatever is tied.
+    if holding or not declared or not classes or getattr(model.config, "is_encoder_decoder", False):
+        return config
+    made = {
+        name: {**value, "tie_word_embeddings": False}
+        if isinstance(value, dict) and value.get("tie_word_embeddings")
+        else value
+        for name, value in config.items()
+    }
+    return {**made, "tie_word_embeddings": False}
+
+
+def same_tensor(one: Tensor, two: Tensor) -> bool:
+    """Whether two names stand for one tensor; without contents, whether they are one object's."""
+    if one.is_meta or two.is_meta:
+        return one.is_meta and two.is_meta
+    return one.data_ptr() == two.data_ptr() and one.shape == two.shape
+
+
+def write_provenance(folder: Path, provenance: Mapping[str, Any] | None) -> None:
+    if provenance is not None:
+        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n")
 
 
 def write_folder(
@@ -110,26 +156,26 @@ def write_folder(
     tensor: Callable[[str], Tensor],
     provenance: dict[str, Any] | None,
     shard_bytes: int = SHARD_BYTES,
+    config: Mapping[str, Any] | None = None,
+    unplaced: Iterable[str] = (),
 ) -> None:
-    """Weights and configuration of a compact checkpoint of ``model``, whose tensors ``tensor(name)`` gives one by one.
+    """Weights and configuration of a checkpoint of ``model``, whose tensors ``tensor(name)`` gives one by one.
 
-    A model without merged or compressed layers becomes a stock checkpoint in the names of its modules.
+    A model with merged or compressed layers becomes a compact checkpoint, any other a stock one.
+
+    Args:
+        infos: every tensor to write, by the name it gets.
+        config: fields of config.json as the base model's would be; those of ``model`` if None.
+        unplaced: names among ``infos`` for which the model has no place.
     """
-    config: Any = model.config
     infos, specs = by_alignment(infos), specs_of(model)
-    fields = json.loads(config.to_json_string())
-    fields |= {"architectures": [type(model).__name__], "dtype": str(dtype_of(model)).removeprefix("torch.")}
-    section = compact.make_section(config.model_type, specs, provenance)
+    written = dict(fields.config_of(model) if config is None else config)
+    section = compact.make_section(model.config.model_type, specs, provenance, unplaced)  # type: ignore[union-attr, arg-type]
     note = compact.metadata(section) if specs else {}
     digests = write_tensors(folder, infos, ((name, tensor(name)) for name in infos), note, shard_bytes)
     if specs:
-        compact.write_config(folder, fields, section, digests)
+        compact.write_config(folder, written, section, digests)
         write_sums(folder, digests)
         return
-    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    if provenance is not None:
-        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n")
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    fields.write_json(folder / "config.json", written)
+    write_provenance(folder, provenance)

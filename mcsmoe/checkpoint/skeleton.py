@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mcsmoe.checkpoint import fields as fields_of
 from mcsmoe.checkpoint import format as compact
 from mcsmoe.checkpoint.format import layer_specs
 
@@ -17,14 +19,60 @@ from mcsmoe.checkpoint.format import layer_specs
 def model_class(folder: Path, config: dict[str, Any]) -> Any:
     import transformers
 
-    for name in config.get("architectures") or []:
-        found = getattr(transformers, name, None)
-        if found is not None:
+    names = config.get("architectures")
+    for name in names if isinstance(names, list) else []:
+        found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     raise ValueError(
-        f"{folder / 'config.json'}: architectures {config.get('architectures')} name no model class of transformers "
+        f"{folder / 'config.json'}: architectures {names} name no model class of transformers "
         f"{transformers.__version__}"
     )
+
+
+def stock_skeleton(folder: Path, config: dict[str, Any], dtype: torch.dtype | None = None) -> Any:
+    """The model of a stock checkpoint on the meta device: all structure, no weights, no adapter's opinion.
+
+    Args:
+        folder: the checkpoint.
+        config: its config.json.
+        dtype: it is built for; that of the configuration if None.
+
+    Raises:
+        ValueError: the configuration names no model of transformers, or one that it cannot build; names the file.
+    """
+    from transformers import AutoConfig
+
+    cls = model_class(folder, config)
+    file = folder / "config.json"
+    try:
+        # The class's own configuration, as its from_pretrained takes: the text model's where that is nested in another.
+        filled = (cls.config_class or AutoConfig).from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a family's checks of its fields raise a dozen kinds
+        raise ValueError(f"{file}: {_first_line(error)}") from error
+    return empty_model(cls, filled, dtype or parse_dtype(filled.dtype), file)
+
+
+def empty_model(cls: Any, config: Any, dtype: torch.dtype | None, file: Path) -> Any:
+    """``cls(config)`` on the meta device, in eval mode, its weights tied as the configuration says.
+
+    Raises:
+        ValueError: the library cannot build it; names ``file``.
+    """
+    from transformers.initialization import no_init_weights
+
+    try:
+        with torch.device("meta"), no_init_weights(), _built_for(dtype):
+            model = cls(config)
+        model.tie_weights()
+    except Exception as error:  # whatever a family's own code meets in fields of the wrong kind
+        raise ValueError(f"{file}: {cls.__name__} cannot be built from it: {_first_line(error)}") from error
+    return model.eval()
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return f"{text[:400]} ({type(error).__name__})" if text else type(error).__name__
 
 
 def skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
@@ -37,30 +85,33 @@ def skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     Raises:
         ValueError: its base model or its layers are not what config.json says; names the file.
     """
-    from transformers.initialization import no_init_weights
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from mcsmoe.adapters.registry import adapter_for
 
     place = Path(folder)
+    file = place / "config.json"
     section = compact.read_section(place)
-    fields = compact.read_config(place)
+    fields = fields_of.source_fields(compact.read_config(place))
     cls = model_class(place, fields)
-    fields = {key: value for key, value in fields.items() if key not in (compact.SECTION, "model_type")}
     try:
-        config = CONFIG_MAPPING[section["base_model_type"]].from_dict(fields)
+        config_class = CONFIG_MAPPING[section["base_model_type"]]
     except KeyError as error:
-        raise ValueError(f"{place / 'config.json'}: base model type {error} is not known to transformers") from error
+        raise ValueError(f"{file}: base model type {error} is not known to transformers") from error
+    try:
+        decoded = config_class._decode_special_floats(fields)
+        config = config_class.from_dict({key: value for key, value in decoded.items() if key != "model_type"})
+    except Exception as error:
+        raise ValueError(f"{file}: {_first_line(error)}") from error
     config.name_or_path = str(place)
-    with torch.device("meta"), no_init_weights(), _built_for(dtype or parse_dtype(fields.get("dtype"))):
-        model = cls(config)
-    model.tie_weights()
+    specs = layer_specs(place)
+    model = empty_model(cls, config, dtype or parse_dtype(fields_of.said_dtype(fields)), file)
     try:
         adapter = adapter_for(model)
-        for layer, spec in layer_specs(place).items():
+        for layer, spec in specs.items():
             adapter.install(model, layer, spec)
-    except ValueError as error:
-        raise ValueError(f"{place / 'config.json'}: {error}") from error
+    except (ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{file}: {error}") from error
     return model
 
 
@@ -81,6 +132,21 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"dtype {dtype!r} is not a torch dtype, such as float32 or bfloat16")
     return found
+
+
+def run_dtypes(model: Any, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """By name, the number format in which transformers would run each tensor of an empty ``model`` built for ``dtype``.
+
+    That of the structure, apart from what a family keeps in float32; nothing for other kinds of numbers.
+    """
+    state = model.state_dict()
+    plan = model._get_dtype_plan(dtype) if dtype is not None else {}
+    made = {}
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            kept = [one for pattern, one in plan.items() if re.search(rf"(?:^|\.){re.escape(pattern)}(?:\.|$)", name)]
+            made[name] = kept[0] if kept else tensor.dtype
+    return made
 
 
 def _unsaved_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

@@ -6,7 +6,6 @@ forward pass keeps what is not an expert in memory and reads experts from the fi
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,23 +17,18 @@ from torch import Tensor, nn
 from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.digests import check_sums, digest_files
-from mcsmoe.artefacts.tensors import (
-    INDEX,
-    SHARD_BYTES,
-    TensorFile,
-    TensorFolder,
-    TensorInfo,
-    by_alignment,
-    write_tensors,
-)
+from mcsmoe.artefacts.tensors import SHARD_BYTES, TensorInfo
+from mcsmoe.checkpoint import fields, leftovers
 from mcsmoe.checkpoint import format as compact
-from mcsmoe.checkpoint.load import resolve
-from mcsmoe.checkpoint.save import PROVENANCE, own_tensors, tensor_of, write_folder
-from mcsmoe.checkpoint.skeleton import fill_buffers, model_class, skeleton
+from mcsmoe.checkpoint.absent import forget, nothing_empty
+from mcsmoe.checkpoint.companions import copy_companions
+from mcsmoe.checkpoint.load import compact_weights, resolve
+from mcsmoe.checkpoint.names import NameMap
+from mcsmoe.checkpoint.save import own_tensors, place, specs_of, tensor_of, true_ties, write_folder
+from mcsmoe.checkpoint.skeleton import fill_buffers, parse_dtype, run_dtypes, skeleton, stock_skeleton
+from mcsmoe.checkpoint.spool import Spool
+from mcsmoe.checkpoint.vetting import open_weights, refuse_scales
 from mcsmoe.types import ExpertWeights, LayerId
-
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja")
-_OURS = ("config.json", INDEX, PROVENANCE)
 
 
 class Streamed:
@@ -51,26 +45,55 @@ class Streamed:
     def __init__(self, path: str | Path) -> None:
         self.folder = resolve(path)
         check_sums(self.folder, lambda name: not name.endswith(".safetensors"))
-        config = compact.read_config(self.folder)
-        self.compact = compact.SECTION in config
+        self.config = compact.read_config(self.folder)
+        self.compact = compact.SECTION in self.config
+        unplaced: set[str] = set()
         if self.compact:
             section = compact.read_section(self.folder)
-            for name, sha256 in section["files"].items():
-                file = TensorFile(self.folder / name)
-                compact.check_structure(file.path, file.metadata, section)
-                file.verify(sha256)
+            self.tensors = compact_weights(self.folder, self.config, section)
             self.model: Any = skeleton(self.folder)
+            for name, sha256 in section["files"].items():
+                self.tensors.files[name].verify(sha256)
+            unplaced = set(section.get(compact.UNPLACED, []))
         else:
-            self.model = _stock_skeleton(self.folder, config)
-        self.tensors = TensorFolder(self.folder)
+            self.tensors = open_weights(self.folder, self.config)
+            self.model = stock_skeleton(self.folder, self.config)
+        try:
+            self.adapter = adapter_for(self.model)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from error
+        self.names = NameMap(self.model, self.tensors, stored_as_named=self.compact)
+        self.unplaced = self.names.unplaced
+        self._check_unplaced(unplaced)
+        self._settle_formats()
         if not self.compact:
-            check_sums(self.folder, lambda name: name.endswith(".safetensors"))
-        self.adapter = adapter_for(self.model)
-        self._transforms: list[Any] = []
-        self._units: dict[str, list[str]] = {}
-        self._converted: set[str] = set()
-        self._map_names()
+            check_sums(self.folder, lambda name: name in self.tensors.files)
+        self._before = fields.written(self.model.config)
         self.model.eval()
+
+    def _check_unplaced(self, known: set[str]) -> None:
+        kind = type(self.model).__name__
+        if not self.compact:
+            refuse_scales(self.tensors, self.unplaced, kind)
+        elif strange := sorted(set(self.unplaced) - known):
+            raise ValueError(
+                f"{self.tensors.where[strange[0]].path}: tensor {strange[0]!r} has no place in the model; it is altered or "
+                "of another model; restore or rebuild it"
+            )
+        leftovers.say_kept(self.folder, self.unplaced, kind)
+
+    def _settle_formats(self) -> None:
+        """Compare with the headers; the structure then says the number formats in which the files hold its tensors."""
+        own = self.own_names()
+        self.names.check(own)
+        said = parse_dtype(fields.said_dtype(self.config))
+        self._run_formats = run_dtypes(self.model, said) if said else {}
+        for name in own:
+            stored = self.names.stored_dtype(name)
+            if stored != tensor_of(self.model, name).dtype:
+                place(self.model, name, torch.empty_like(tensor_of(self.model, name), dtype=stored))
+        self._stored = {name: tensor_of(self.model, name).dtype for name in own}
+        self.model.tie_weights(recompute_mapping=False)
 
     @property
     def layers(self) -> list[LayerId]:
@@ -82,63 +105,58 @@ class Streamed:
         """SHA-256 over configuration and weight files, for provenance."""
         return digest_files([self.folder / "config.json", *sorted(file.path for file in self.tensors.files.values())])
 
-    # -- names ---------------------------------------------------------------------------------------------------
-    def _map_names(self) -> None:
-        """Which tensors on disk each tensor of the model is made of."""
-        state, model = self.model.state_dict(), self.model
-        if self.compact:
-            self._units = {name: [name] for name in self.tensors.where}
-        else:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-            self._transforms = get_model_conversion_mapping(model)
-            renamings = [one for one in self._transforms if isinstance(one, WeightRenaming)]
-            converters = [one for one in self._transforms if isinstance(one, WeightConverter)]
-            by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
-            for name in self.tensors.where:
-                key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-                if key not in state and name in state:
-                    key, pattern = name, None
-                unit = self._units.setdefault(key, [])
-                unit.append(name)
-                if pattern is not None:
-                    targets = by_pattern[pattern].target_patterns
-                    for target in targets:
-                        self._units.setdefault(key.replace(targets[0], target), unit)
-                        self._converted.add(key.replace(targets[0], target))
-        missing = [name for name in self.own_names() if name not in self._units]
-        if missing:
-            raise ValueError(f"{self.folder}: {len(missing)} weights are missing, among them {missing[0]!r}")
-        for name in self.own_names():
-            stored = self.tensors.infos[self._units[name][0]]
-            if name not in self._converted and stored.shape != tuple(state[name].shape):
-                raise ValueError(
-                    f"{self.tensors.where[self._units[name][0]].path}: tensor {name!r} has shape {stored.shape}, the "
-                    f"model needs {tuple(state[name].shape)}"
-                )
-            if stored.dtype != state[name].dtype:
-                place(model, name, torch.empty(state[name].shape, dtype=stored.dtype, device="meta"))
-        model.tie_weights()
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files that are read."""
+        return self.tensors.nbytes
 
     def own_names(self) -> list[str]:
         """Names of the model's stored tensors, tied ones once."""
         return list(own_tensors(self.model))
 
+    def config_fields(self, config: Any = None) -> dict[str, Any]:
+        """The fields of the file that was read, with what changed since in the model's configuration, or in ``config``."""
+        now = self.model.config if config is None else config
+        made = fields.updated(fields.source_fields(self.config), self._before, fields.written(now), now)
+        return true_ties(self.model, made)
+
     # -- reading -------------------------------------------------------------------------------------------------
     def load(self, names: Iterable[str]) -> None:
         """Bring the given tensors of the model into memory; one that a change has added and no file holds is zero."""
         sources: dict[str, Tensor] = {}
+        units = self.names.units
         for name in names:
-            if name not in self._units:
+            if name not in units:
                 place(self.model, name, torch.zeros_like(tensor_of(self.model, name), device="cpu"))
-            elif name in self._converted:
-                sources |= {source: self.tensors.read(source) for source in self._units[name] if source not in sources}
+            elif name in self.names.converted:
+                dtype = self._stored.get(name, tensor_of(self.model, name).dtype)
+                sources |= {one: self.tensors.read(one).to(dtype) for one in units[name] if one not in sources}
             else:
-                dtype = tensor_of(self.model, name).dtype
-                place(self.model, name, self.tensors.read(self._units[name][0]).to(dtype))
+                place(self.model, name, self.tensors.read(units[name][0]))
         if sources:
             self._convert(sources)
+
+    def load_to_run(self, names: Iterable[str]) -> None:
+        """The same, in the number formats in which transformers would run the model."""
+        wanted = list(names)
+        self.load(wanted)
+        for name in wanted:
+            tensor = tensor_of(self.model, name)
+            run = self._run_formats.get(name, tensor.dtype)
+            if tensor.dtype != run and tensor.is_floating_point():
+                place(self.model, name, tensor.to(run))
+
+    def forget_below(self, path: str) -> None:
+        """Take every tensor of the module ``path`` out of memory; of the whole model for an empty path."""
+        forget(self.model.get_submodule(path), self._stored, path)
+        if not path:
+            self.model.tie_weights(recompute_mapping=False)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take the given tensors of the model out of memory."""
+        for name in names:
+            old = tensor_of(self.model, name)
+            place(self.model, name, torch.empty_like(old, dtype=self._stored.get(name, old.dtype), device="meta"))
 
     def _convert(self, sources: dict[str, Tensor]) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -148,7 +166,9 @@ class Streamed:
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            settings = LoadStateDictConfig(dtype=next(iter(sources.values())).dtype, weight_mapping=self._transforms)
+            settings = LoadStateDictConfig(
+                dtype=next(iter(sources.values())).dtype, weight_mapping=self.names.transforms
+            )
             found, _ = convert_and_load_state_dict_in_model(self.model, sources, settings)
         finally:
             if bars:
@@ -163,7 +183,7 @@ class Streamed:
 
     def stored_names(self, names: Iterable[str]) -> list[str]:
         """Names in the files of all that the given tensors of the model are made of."""
-        return list(dict.fromkeys(stored for name in names for stored in self._units.get(name, ())))
+        return list(dict.fromkeys(stored for name in names for stored in self.names.units.get(name, ())))
 
     @contextmanager
     def layer(self, layer: LayerId) -> Iterator[None]:
@@ -172,7 +192,7 @@ class Streamed:
         try:
             yield
         finally:
-            forget(self.model.get_submodule(layer))
+            self.forget_below(layer)
 
     def experts(self, layer: LayerId) -> ExpertWeights:
         """The experts of ``layer``, read for the caller alone: what is in memory of the model stays as it is."""
@@ -182,50 +202,59 @@ class Streamed:
         try:
             return self.adapter.read_experts(self.model, layer)
         finally:
-            for name in names:
-                place(self.model, name, torch.empty_like(tensor_of(self.model, name), device="meta"))
+            self.forget(names)
 
     def read(self, name: str) -> Tensor:
         """One tensor of the model, as it is stored."""
-        if name not in self._units:
+        units = self.names.units
+        if name not in units:
             return torch.zeros_like(tensor_of(self.model, name), device="cpu")
-        if name not in self._converted:
-            return self.tensors.read(self._units[name][0])
+        if name not in self.names.converted:
+            return self.tensors.read(units[name][0])
         self.load([name])
         # One conversion may have brought in others beside it: all go back.
         tensor = tensor_of(self.model, name)
-        source = self._units[name]
-        for other, unit in self._units.items():
-            if unit is source and other in self.model.state_dict():
-                place(self.model, other, torch.empty_like(tensor_of(self.model, other), device="meta"))
+        source, state = units[name], set(self.model.state_dict())
+        self.forget(other for other, unit in units.items() if unit is source and other in state)
         return tensor
 
     # -- running -------------------------------------------------------------------------------------------------
     @contextmanager
     def runnable(self) -> Iterator[nn.Module]:
-        """The model, able to run: experts are read from the files each time they are called, and forgotten after."""
-        model, routers = self.model, set(self.adapter.router_parameters(self.model))
-        layers = tuple(f"{layer}." for layer in self.layers)
-        experts = [name for name in self.own_names() if name.startswith(layers) and name not in routers]
-        demanded: dict[str, list[str]] = {}
-        for name in experts:
-            demanded.setdefault(name.rpartition(".")[0], []).append(name)
-        self.load(name for name in self.own_names() if name not in set(experts))
-        model.tie_weights()
+        """The model, able to run: a layer's experts are read from the files when it is called, and forgotten after.
+
+        What is not an expert stays in memory, and so does all of a module that holds a router: a bias or a table beside
+        the router's weight is as much a part of the choice.
+
+        Raises:
+            RuntimeError: inside, when a tensor without contents enters a computation.
+        """
+        model = self.model
+        demanded = self._demanded()
+        waiting = {name for names in demanded.values() for name in names}
+        self.load_to_run(name for name in self.own_names() if name not in waiting)
+        model.tie_weights(recompute_mapping=False)
         hooks: list[Any] = []
-        for path, names in demanded.items():
-            module = model.get_submodule(path)
-            hooks.append(module.register_forward_pre_hook(lambda *_, names=names: self.load(names)))
-            hooks.append(module.register_forward_hook(lambda module, *_: forget(module, deep=False)))
+        for layer, names in demanded.items():
+            module = model.get_submodule(layer)
+            hooks.append(module.register_forward_pre_hook(lambda *_, names=names: self.load_to_run(names)))
+            hooks.append(module.register_forward_hook(lambda *_, names=names: self.forget(names), always_call=True))
         fill_buffers(model, torch.device("cpu"))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), nothing_empty():
                 yield model
         finally:
             for hook in hooks:
                 hook.remove()
-            forget(model)
-            model.tie_weights()
+            self.forget_below("")
+
+    def _demanded(self) -> dict[LayerId, list[str]]:
+        """By sparse layer, its tensors that a run reads when the layer is called: all that share no module with a router."""
+        beside = {name.rpartition(".")[0] for name in self.adapter.router_parameters(self.model)}
+        return {
+            layer: [name for name in self.names_below(layer) if name.rpartition(".")[0] not in beside]
+            for layer in self.layers
+        }
 
     # -- writing -------------------------------------------------------------------------------------------------
     def rewrite(
@@ -249,18 +278,62 @@ class Streamed:
                     change(layer)
                     state = self.model.get_submodule(layer).state_dict()
                     spool.add({f"{layer}.{name}": tensor for name, tensor in state.items()})
-            whole = own_tensors(self.model)
+            self._write(folder, spool, dict(provenance), shard_bytes)
+            if extra is not None:
+                extra(folder)
+
+    def _write(self, folder: Path, spool: Spool, provenance: dict[str, Any], shard_bytes: int) -> None:
+        """Write what ``spool`` holds of the changed layers, and everything else as it is in the files."""
+        specs = specs_of(self.model)  # first: the configuration says afterwards how many experts there are
+        whole = own_tensors(self.model)
+        kept, config = self.keep_unplaced(self.config_fields())
+        self.copy_companions(folder)
+        if specs or self.compact:
             infos = {name: spool.infos.get(name, TensorInfo.of(whole[name])) for name in whole}
 
             def tensor(name: str) -> Tensor:
-                if name in spool.infos:
-                    return spool.read(name)
-                return self.read(name) if whole[name].is_meta else whole[name]
+                return spool.read(name) if name in spool.infos else self.read(name)
 
-            self.copy_companions(folder)
-            write_folder(folder, self.model, infos, tensor, dict(provenance), shard_bytes)
-            if extra is not None:
-                extra(folder)
+            self._finish(folder, infos, tensor, provenance, shard_bytes, kept, config)
+            return
+        # A stock result has the names and shapes in which the family is published, and its files' own where nothing changed.
+        with Spool.inside(folder, ".published") as published:
+            for layer in self.layers:
+                changed = [name for name in whole if name.startswith(f"{layer}.") and name in spool.infos]
+                if changed:
+                    published.add(as_published(self.model, {name: spool.read(name) for name in changed}))
+            raw = [one for name in whole if name not in spool.infos for one in self.names.units[name]]
+            infos = published.infos | {name: self.tensors.where[name].tensors[name] for name in raw}
+
+            def stored(name: str) -> Tensor:
+                return published.read(name) if name in published.infos else self.tensors.read(name)
+
+            self._finish(folder, infos, stored, provenance, shard_bytes, kept, config)
+
+    def _finish(
+        self,
+        folder: Path,
+        infos: Mapping[str, TensorInfo],
+        tensor: Callable[[str], Tensor],
+        provenance: dict[str, Any],
+        shard_bytes: int,
+        kept: Mapping[str, TensorInfo],
+        config: Mapping[str, Any],
+    ) -> None:
+        def every(name: str) -> Tensor:
+            return self.tensors.read(name) if name in kept else tensor(name)
+
+        write_folder(folder, self.model, {**infos, **kept}, every, provenance, shard_bytes, config, kept)
+
+    def keep_unplaced(self, config: dict[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
+        """What has no place in the model and goes into a result all the same, and the result's ``config`` made true of it."""
+        counts = fields.experts_said(config), fields.experts_said(fields.source_fields(self.config))
+        kept = leftovers.kept(self.unplaced, counts[0] != counts[1], self.model.config)
+        going = [name for name in self.unplaced if name not in kept]
+        leftovers.say_left_out(self.folder, going, "it has experts of its own, which do not have the new number")
+        if any(leftovers.is_prediction(name, self.model.config) for name in going):
+            config = leftovers.without_prediction(config)
+        return kept, config
 
     def overwrite(self, tensors: Mapping[str, Tensor]) -> None:
         """Change tensors in the files of a stock checkpoint that is still being made.
@@ -269,87 +342,21 @@ class Streamed:
             ValueError: a tensor that is not stored as it is; names it.
         """
         for name, tensor in tensors.items():
-            if self.compact or name in self._converted:
+            if self.compact or name in self.names.converted:
                 raise ValueError(
                     f"{self.folder}: tensor {name!r} is not stored by itself, so it cannot be changed alone"
                 )
-            stored = self._units[name][0]
+            stored = self.names.units[name][0]
             self.tensors.where[stored].overwrite(stored, tensor)
 
     def copy_companions(self, folder: Path) -> None:
-        """Copy the tokenizer and the other small files that belong to the model."""
-        for pattern in _COMPANIONS:
-            for file in sorted(self.folder.glob(pattern)):
-                if file.name not in _OURS and file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+        """Copy what belongs to the model beside its weights: tokenizer, templates, licence, code."""
+        copy_companions(self.folder, folder)
 
 
-def _stock_skeleton(folder: Path, config: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-    from transformers.initialization import no_init_weights
+def as_published(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` of ``model`` in the names and shapes in which its family is published."""
+    from transformers.core_model_loading import revert_weight_conversion
 
-    cls = model_class(folder, config)
-    try:
-        filled = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    with torch.device("meta"), no_init_weights():
-        model = cls(filled)
-    model.tie_weights()
-    try:
-        adapter_for(model)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    return model
-
-
-class Spool:
-    """Finished tensors, kept on disk until all that a checkpoint's header must say is known."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        self.infos: dict[str, TensorInfo] = {}
-        self._files: dict[str, TensorFile] = {}
-        self._parts = 0
-
-    @classmethod
-    @contextmanager
-    def inside(cls, folder: Path) -> Iterator[Spool]:
-        """One inside an unfinished output, so that it is on the disk with the room for it."""
-        place = folder / ".layers"
-        place.mkdir()
-        try:
-            yield cls(place)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write ``tensors``; their memory may be reused after it."""
-        part = self.place / str(self._parts)
-        part.mkdir()
-        self._parts += 1
-        infos = by_alignment({name: TensorInfo.of(tensor) for name, tensor in tensors.items()})
-        write_tensors(part, infos, ((name, tensors[name]) for name in infos), shard_bytes=2**62)
-        file = TensorFile(part / "model.safetensors")
-        self.infos |= infos
-        self._files |= dict.fromkeys(infos, file)
-
-    def read(self, name: str) -> Tensor:
-        return self._files[name].read(name)
-
-
-def place(model: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    old = getattr(module, attribute)
-    setattr(module, attribute, nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor)
-
-
-def forget(module: nn.Module, deep: bool = True) -> None:
-    """Replace the stored tensors of ``module`` (and below) by empty ones; structure such as redirect tables stays."""
-    for part in module.modules() if deep else [module]:
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            setattr(part, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
-        for name, buffer in list(part.named_buffers(recurse=False)):
-            if name not in part._non_persistent_buffers_set:
-                setattr(part, name, torch.empty_like(buffer, device="meta"))
+    made: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    return made

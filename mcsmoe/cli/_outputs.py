@@ -19,7 +19,9 @@ def copy_groups(source: Path, out: Path) -> None:
 
 def say_size(source: Path, out: Path, first: str = "") -> None:
     """Say how large the written checkpoint is."""
-    before, after = (sum(file.stat().st_size for file in one.glob("*.safetensors")) for one in (source, out))
+    from mcsmoe.artefacts.tensors import TensorFolder
+
+    before, after = (TensorFolder(folder).nbytes for folder in (source, out))
     log.info(
         "%s: %s%.1f MB of weights, from %.1f MB (%s)", out, first, after / 1e6, before / 1e6, f"{after / before:.1%}"
     )

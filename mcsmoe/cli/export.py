@@ -56,10 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write a checkpoint in another form, and say what changes."""
     options.prepare(arguments)
+    from mcsmoe.calibration.passes import padding_known
     from mcsmoe.checkpoint.streaming import Streamed
     from mcsmoe.cli._outputs import copy_groups, say_size
     from mcsmoe.console import log
-    from mcsmoe.export.change import logits_change
+    from mcsmoe.export.change import gives_logits, logits_change, require_logits, states_change
     from mcsmoe.export.forms import dense, exact, stock
     from mcsmoe.export.recovery import RouterRecovery
 
@@ -71,12 +72,19 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.recover and arguments.calibration is None:
         raise ValueError("--recover trains routers on text; give --calibration FILE")
+    if arguments.form == "stock":
+        require_logits(source.model, source.folder, "the stock form is chosen and measured by them")
     probe = _probe(source, arguments)
     if arguments.form == "dense":
         dense(source, arguments.out)
         made = Streamed(arguments.out)
         with source.runnable() as one, made.runnable() as two:
-            log.info("dense: %s", logits_change(one, two, probe[:4]))
+            if gives_logits(one):
+                log.info("dense: %s", logits_change(one, two, probe[:4]))
+            else:
+                with padding_known(one), padding_known(two):
+                    difference = states_change(one, two, probe[:4])
+                log.info("dense: outputs of a %s change by %.3g of the largest", type(one).__name__, difference)
         say_size(source.folder, arguments.out)
         return
     recovery = RouterRecovery(arguments.recover, arguments.learning_rate, arguments.seed)

@@ -99,15 +99,14 @@ def measure(
 
 
 def weight_bytes(path: str | Path) -> int:
-    """Bytes of the safetensors files of a checkpoint folder.
+    """Bytes of the weight files of a checkpoint folder that are read.
 
     Raises:
         ValueError: the folder is absent or holds no such file.
     """
-    files = sorted(Path(path).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path}: no *.safetensors file; give the folder of a saved checkpoint")
-    return sum(file.stat().st_size for file in files)
+    from mcsmoe.artefacts.tensors import TensorFolder
+
+    return TensorFolder(path).nbytes
 
 
 def measure_here(

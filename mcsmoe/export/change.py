@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,24 @@ class Change:
         return (
             f"logits change by {self.mean:.3g} on average and {self.largest:.3g} at most, KL {self.divergence:.3g} nats "
             f"a token, same top token at {self.agreement:.1%} of {self.positions} positions"
+        )
+
+
+def gives_logits(model: Any) -> bool:
+    """Whether ``model`` predicts tokens: it has a head over the vocabulary, and not another one."""
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return False
+    return head is not None
+
+
+def require_logits(model: nn.Module, folder: object, why: str) -> None:
+    """Raise ValueError naming the class of a model that has no language-modelling head."""
+    if not gives_logits(model):
+        raise ValueError(
+            f"{folder}: a {type(model).__name__} has no language-modelling head, so it gives no logits over tokens: {why}; "
+            "use the checkpoint of the language model itself"
         )
 
 
@@ -58,6 +77,25 @@ def logits_change(reference: nn.Module, other: nn.Module, batches: Sequence[Batc
     return Change(
         largest, total / max(1, entries), total_divergence / max(1, positions), same / max(1, positions), positions
     )
+
+
+@torch.no_grad()
+def states_change(reference: nn.Module, other: nn.Module, batches: Sequence[Batch]) -> float:
+    """Largest difference of the outputs of two models without a language-modelling head, over the largest output."""
+    largest = scale = 0.0
+    for batch in batches:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids") if name in batch}
+        if "labels" in batch and reference.config.is_encoder_decoder and "decoder_input_ids" not in batch:  # type: ignore[union-attr]
+            inputs["decoder_input_ids"] = batch["labels"].clamp(min=0)
+        one, two = (_states(model(**inputs)) for model in (reference, other))
+        largest, scale = max(largest, float((one - two).abs().max())), max(scale, float(one.abs().max()))
+    return largest / scale if scale else largest
+
+
+def _states(outputs: Any) -> Tensor:
+    found = getattr(outputs, "last_hidden_state", None)
+    states: Tensor = outputs[0] if found is None else found
+    return states.float()
 
 
 def divergence(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:

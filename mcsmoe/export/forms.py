@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mcsmoe.adapters.counts import CHOICE_FIELDS, EXPERT_FIELDS, expert_paths, set_experts_of
 from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.tensors import TensorInfo
-from mcsmoe.checkpoint.save import own_tensors, tensor_of, write_folder
-from mcsmoe.checkpoint.streaming import Spool, Streamed, place
-from mcsmoe.export.change import Change, logits_change
+from mcsmoe.checkpoint import fields
+from mcsmoe.checkpoint.save import own_tensors, place, tensor_of, write_folder
+from mcsmoe.checkpoint.skeleton import empty_model
+from mcsmoe.checkpoint.spool import Spool
+from mcsmoe.checkpoint.streaming import Streamed, as_published
+from mcsmoe.export.change import Change, logits_change, require_logits
 from mcsmoe.export.recovery import RouterRecovery, recover_routers
 from mcsmoe.types import Batch, LayerId
 
 FORMS = ("exact", "dense", "stock")
-_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_CHOICE_FIELDS = ("num_experts_per_tok", "moe_top_k", "top_k", "num_experts_per_token")
 _NEVER = -1e4  # a router bias below this marks an expert that is never chosen
 
 
@@ -34,25 +38,18 @@ def dense(source: Streamed, out: str | Path) -> None:
 
     One layer is in memory at a time; where the architecture renames tensors on disk, what is not an expert is too.
     """
-    target = _stock_model(source, {})
+    target = _stock_model(source, None)
     tables = {layer: source.adapter.expert_to_group(source.model, layer) for layer in source.layers}
     with atomic_directory(out) as folder:
         _write(source, target, folder, lambda layer: tables[layer], lambda _layer, _name, tensor: tensor, "dense")
 
 
-def _stock_model(source: Streamed, changes: Mapping[str, int]) -> Any:
-    """The base architecture on the meta device, with ``changes`` to its configuration."""
-    from transformers.initialization import no_init_weights
-
-    fields = source.model.config.to_dict() | dict(changes)
-    config = type(source.model.config).from_dict(fields)
-    try:
-        with torch.device("meta"), no_init_weights():
-            model = type(source.model)(config)
-    except ValueError as error:
-        raise ValueError(f"{source.folder}: a {config.model_type} with {dict(changes)} is refused: {error}") from error
-    model.tie_weights()
-    return model.eval()
+def _stock_model(source: Streamed, experts: int | None) -> Any:
+    """The base architecture on the meta device, with ``experts`` a layer, or as many as it has."""
+    config = copy.deepcopy(source.model.config)
+    if experts is not None:
+        _set_experts(source, config, experts)
+    return empty_model(type(source.model), config, None, source.folder / "config.json")
 
 
 def _write(
@@ -64,8 +61,6 @@ def _write(
     form: str,
 ) -> None:
     """Write ``target``: groups ``experts_of(layer)`` as its experts, ``other`` applied to what else a layer holds."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     adapter, model = source.adapter, source.model
     own = list(own_tensors(target))
     inside = tuple(f"{layer}." for layer in source.layers)
@@ -86,28 +81,40 @@ def _write(
                     for name, tensor in target.get_submodule(layer).state_dict().items()
                     if f"{layer}.{name}" in own
                 }
-                spool.add(revert_weight_conversion(target, made))
+                spool.add(as_published(target, made))
             target.get_submodule(layer).to(device="meta")
+        # Other tensors keep the names and number formats that they have in the files.
         rest = [name for name in own if not name.startswith(inside)]
-        if _converts(target):
-            spool.add(revert_weight_conversion(target, {name: source.read(name) for name in rest}))
-            infos = dict(spool.infos)
+        raw: dict[str, TensorInfo] = {}
+        if source.compact and _converts(target):
+            for names in _by_block(rest):
+                spool.add(as_published(target, {name: source.read(name) for name in names}))
         else:
-            whole = model.state_dict()
-            infos = {name: TensorInfo.of(whole[name]) for name in rest} | spool.infos
+            units = source.names.units
+            raw = {one: source.tensors.where[one].tensors[one] for name in rest for one in units[name]}
+        kept, config = source.keep_unplaced(source.config_fields(target.config))
 
         def tensor(name: str) -> Tensor:
-            return spool.read(name) if name in spool.infos else source.read(name)
+            return spool.read(name) if name in spool.infos else source.tensors.read(name)
 
         source.copy_companions(folder)
         provenance = {"stage": "export", "form": form, "parent": source.digest}
-        write_folder(folder, target, infos, tensor, provenance)
+        write_folder(folder, target, {**spool.infos, **raw, **kept}, tensor, provenance, config=config)
 
 
 def _converts(model: nn.Module) -> bool:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def _by_block(names: Sequence[str]) -> list[list[str]]:
+    """Names of one numbered block together, since a conversion may need all of its tensors at once."""
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        found = re.match(r".*?\.\d+\.", name)
+        blocks.setdefault(found[0] if found else name, []).append(name)
+    return list(blocks.values())
 
 
 @dataclass(frozen=True)
@@ -177,8 +184,10 @@ def stock(
     Raises:
         ValueError: layers with different numbers of groups, fewer groups than a token has experts, or an unknown fold.
     """
+    require_logits(source.model, source.folder, "the stock form is measured, and its routers chosen, by them")
     groups = uniform_groups(source)
-    target = _stock_model(source, _fewer_experts(source, groups))
+    _check_stock(source, groups)
+    target = _stock_model(source, groups)
     kinds = {layer: _layer_folds(source, layer, groups, frequency) for layer in source.layers}
     known = list(next(iter(kinds.values())))
     if fold != "auto" and fold not in known:
@@ -218,26 +227,37 @@ def stock(
     return StockReport(chosen, found, recovered)
 
 
-def _fewer_experts(source: Streamed, groups: int) -> dict[str, int]:
-    fields = source.model.config.to_dict()
-    experts = source.adapter.num_experts(source.model, source.layers[0])
-    changes = {name: groups for name in _EXPERT_FIELDS if fields.get(name) == experts}
-    if not changes:
-        raise ValueError(
-            f"{source.folder}: its configuration does not say in a known field that it has {experts} experts"
-        )
-    if int(fields.get("n_group") or 1) > 1:
-        raise ValueError(
-            f"{source.folder}: its router first chooses among n_group = {fields['n_group']} sets of experts, which merged "
-            "groups do not respect; export --form dense"
-        )
-    for name in _CHOICE_FIELDS:
-        if isinstance(fields.get(name), int) and fields[name] > groups:
+def _check_stock(source: Streamed, groups: int) -> None:
+    """Raise ValueError naming the field unless a stock model of ``groups`` experts a layer can route as this one does."""
+    said = fields.written(source.model.config)
+    for path, count in fields.nested(said, ("n_group", "num_expert_group")):
+        if isinstance(count, int) and count > 1:
             raise ValueError(
-                f"{source.folder}: {groups} groups, but {name} is {fields[name]}: a token would choose more experts than "
+                f"{source.folder}: its router first chooses among {'.'.join(path)} = {count} sets of experts, which merged "
+                "groups do not respect; export --form dense"
+            )
+    for path, count in fields.nested(said, CHOICE_FIELDS):
+        if isinstance(count, int) and count > groups and not _generates(path):
+            raise ValueError(
+                f"{source.folder}: {groups} groups, but {'.'.join(path)} is {count}: a token would choose more experts than "
                 "there are; merge to more groups, or export --form dense"
             )
-    return changes
+
+
+def _generates(path: tuple[str, ...]) -> bool:
+    """``top_k`` of a configuration may be that of sampling, which old files hold."""
+    return path[-1] == "top_k"
+
+
+def _set_experts(source: Streamed, config: Any, experts: int) -> None:
+    """Let ``config``, or the text model's inside it, say ``experts`` wherever it says how many there are now."""
+    now = source.adapter.num_experts(source.model, source.layers[0])
+    if not expert_paths(config.to_dict(), now):
+        raise ValueError(
+            f"{source.folder}: its configuration does not say in a known field that it has {now} experts "
+            f"({', '.join(EXPERT_FIELDS)}, in text_config or beside it)"
+        )
+    set_experts_of(config, now, experts)
 
 
 def _layer_folds(
