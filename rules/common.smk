@@ -69,10 +69,11 @@ REPORT_FILES = [
     )
 ]
 # How jobs are started: a fork of a process that has torch and transformers loaded, where the workflow keeps one; always an
-# interpreter of their own, where they need neither or are measured; and several processes that train together.
-# As options of the launcher.
+# interpreter of their own, where they need neither; a fork of a process that has nothing else loaded than what measuring
+# takes; and several processes that train together. As options of the launcher.
 LAUNCH = ""
 FRESH = "--fresh"
+MEASURED = "--measured"
 TOGETHER = LAUNCH if PROCESSES == 1 else f"--processes {PROCESSES}"
 LAUNCHER = Path(os.path.relpath(f"{workflow.basedir}/mcsmoe/workflow/launch.py"))
 CHECKPOINT = CONFIG["model"]["checkpoint"]

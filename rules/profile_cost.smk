@@ -17,7 +17,7 @@ rule profile_cost:
     params:
         code=code("profile_cost"),
         launcher=LAUNCHER,
-        launch=FRESH,
+        launch=MEASURED,
         script=script("profile_cost"),
         device=DEVICE,
         task=lambda wildcards: TASKS[wildcards.task],

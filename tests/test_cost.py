@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import tiny_switch
 import torch
@@ -13,6 +14,9 @@ from torch import nn
 
 from mcsmoe.artefacts.tables import SCHEMAS
 from mcsmoe.evaluate import cost
+from mcsmoe.workflow import forkserver
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SETTINGS = cost.Settings(batch_size=3, input_tokens=7, label_tokens=4, threads=1, device="cpu", dtype="float32")
 
@@ -115,6 +119,38 @@ def test_a_fresh_process_measures_the_checkpoint(folder: Path) -> None:
     with torch.inference_mode():
         inputs = cost.batch(model, SETTINGS)
         assert result["flops"] == cost.count_flops(lambda: model(**inputs))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="jobs are forked on Linux only")
+def test_a_job_measures_the_same_memory_whether_it_is_forked_or_a_process_of_its_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MCSMOE_FORKSERVER", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    forkserver.start()
+    words = (
+        f"--task COPA --variant full --experts 6 --stage full --device cpu --repeats 2 --model {folder.name}".split()
+    )
+    rows = {}
+    for how in ("--fresh", "--measured"):
+        table, usage = tmp_path / f"{how}.parquet", tmp_path / f"{how}.tsv"
+        launch = [sys.executable, str(ROOT / "mcsmoe" / "workflow" / "launch.py"), "--usage", str(usage), how]
+        script = str(ROOT / "workflow_scripts" / "profile_cost.py")
+        done = subprocess.run(
+            [*launch, script, *words, "--table", str(table)], cwd=folder.parent, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        rows[how] = {**pd.read_parquet(table).iloc[0], "job": pd.read_csv(usage, sep="\t")["max_rss"].iloc[0] * 2**20}
+    forkserver.stop()
+    own, forked = rows["--fresh"], rows["--measured"]
+    for column in ("parameters", "flops", "bytes_on_disk"):
+        assert own[column] == forked[column]
+    # A process of its own differs from another by as much; libraries that were not counted would make tens of percent.
+    for column in ("peak_memory_bytes", "job"):
+        assert forked[column] == pytest.approx(own[column], rel=0.05)
+    assert forked["resident_memory_bytes"] == pytest.approx(own["resident_memory_bytes"], abs=4 << 20)
+    # Measured before the table's libraries came.
+    assert forked["peak_memory_bytes"] < forked["job"] - (10 << 20)
 
 
 def test_generation_makes_exactly_the_tokens_asked_for() -> None:

@@ -1,7 +1,8 @@
 """What a checkpoint costs: parameters, bytes on disk, memory, FLOPs and time, all measured on the reloaded files.
 
 ``measure`` is light: it starts one fresh process, which alone imports torch and transformers, so that the peak memory
-is that of loading and running the checkpoint and of nothing the caller did before.
+is that of loading and running the checkpoint and of nothing the caller did before. ``measure_in_this_process`` is for a
+process that is fresh itself, such as a job of the workflow.
 """
 
 from __future__ import annotations
@@ -74,13 +75,8 @@ def measure(
         RuntimeError: the measuring process died; the message ends with what it last wrote.
     """
     settings = Settings(batch_size, input_tokens, label_tokens, threads, device, dtype)
-    for name, value in {**asdict(settings), "repeats": repeats}.items():
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"cost setting {name} is {value}; it must be at least 1")
-    if dtype not in _DTYPES:
-        raise ValueError(f"cost setting dtype is {dtype!r}; use one of {', '.join(_DTYPES)}")
-    weight_bytes(path)  # refuse a folder that is no checkpoint before seconds go into a process
-    asked = {"path": os.fspath(path), "repeats": repeats, "settings": asdict(settings), "dense": dense}
+    check(path, settings, repeats)  # refuse before seconds go into a process
+    asked = {"path": os.fspath(path), "settings": asdict(settings), "repeats": repeats, "dense": dense}
     request = json.dumps(asked)
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -96,6 +92,36 @@ def measure(
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer
+
+
+def check(path: str | Path, settings: Settings, repeats: int) -> None:
+    """Raise ValueError on a setting that cannot be measured at, or a folder that is no checkpoint."""
+    for name, value in {**asdict(settings), "repeats": repeats}.items():
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"cost setting {name} is {value}; it must be at least 1")
+    if settings.dtype not in _DTYPES:
+        raise ValueError(f"cost setting dtype is {settings.dtype!r}; use one of {', '.join(_DTYPES)}")
+    weight_bytes(path)
+
+
+def measure_in_this_process(path: str | Path, settings: Settings, repeats: int, dense: bool = False) -> dict[str, Any]:
+    """What ``measure`` returns, taken in this process, which has done nothing else: its memory is what is measured.
+
+    Raises:
+        ValueError: as ``measure``.
+    """
+    check(path, settings, repeats)
+    import torch
+
+    from mcsmoe.adapters.registry import adapters
+    from mcsmoe.checkpoint.load import load_model
+
+    adapters()  # model classes are libraries: they are in memory before the model is counted
+
+    def load() -> nn.Module:
+        return load_model(path, dtype=getattr(torch, settings.dtype), device=settings.device, dense=dense)
+
+    return measure_here(path, settings, repeats, load)
 
 
 def weight_bytes(path: str | Path) -> int:
@@ -115,7 +141,7 @@ def measure_here(
     repeats: int,
     load: Callable[[], nn.Module],
 ) -> dict[str, Any]:
-    """What ``measure`` does in its process: ``load`` gives the model, ready, on its device and in its dtype."""
+    """The measurement itself: ``load`` gives the model, ready, on its device and in its dtype."""
     import torch
 
     torch.set_num_threads(settings.threads)
@@ -287,22 +313,9 @@ def peak_memory(device: Any) -> int:
 
 
 def _main(request: str) -> dict[str, Any]:
-    import torch
-
-    from mcsmoe.adapters.registry import adapters
-    from mcsmoe.checkpoint.load import load_model
-
-    adapters()  # model classes are libraries: they are in memory before the model is counted
-
     asked = json.loads(request)
-    settings = Settings(**asked["settings"])
-
-    def load() -> nn.Module:
-        dtype = getattr(torch, settings.dtype)
-        return load_model(asked["path"], dtype=dtype, device=settings.device, dense=asked["dense"])
-
     try:
-        return measure_here(asked["path"], settings, asked["repeats"], load)
+        return measure_in_this_process(asked["path"], Settings(**asked["settings"]), asked["repeats"], asked["dense"])
     except ValueError as error:
         return {"error": str(error)}
 

@@ -1,9 +1,12 @@
-"""A process with torch and transformers loaded, of which every job of a local workflow is a fork.
+"""Processes with torch and transformers loaded, of which the jobs of a local workflow are forks.
 
 Interpreter and imports take a stage that needs a model class several seconds of processor time, a fork some hundredths.
 The process starts with the workflow and imports nothing until the first job asks; it ends when the workflow's end of its
 standard input is closed, however the workflow ended. It stays in the workflow's process group, so what ends the group ends
 the jobs too.
+
+There are two. One has what most stages import. The other has what measuring a model imports and nothing else, and keeps its
+forks' account of memory as a process of their own would: see ``Resident``.
 
 A job is watched by a small process of its own: if whoever asked for the job is gone, the job is killed, as it would be below
 a shell that was killed, and if the watcher is gone, the kernel kills the job. Nothing of a job reaches the next one.
@@ -31,6 +34,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+MEASURED = "-measured"
+"""What the name of the process for jobs that measure themselves ends with."""
+
 LIBRARIES = [
     *("torch", "numpy", "pandas", "pyarrow.parquet", "safetensors.torch", "datasets", "scipy.optimize", "scipy.linalg"),
     *("accelerate", "transformers.modeling_utils", "transformers.generation"),
@@ -39,13 +45,21 @@ LIBRARIES = [
 ]
 """What most stages import, none of it ours: a job must read the code of the project as it is."""
 
+LIBRARIES_TO_MEASURE = [
+    *("torch", "numpy", "safetensors.torch", "psutil", "torch.utils.flop_counter"),
+    *("transformers.modeling_utils", "transformers.generation", "transformers.tokenization_utils_tokenizers"),
+    *("transformers.models.auto.modeling_auto", "transformers.models.switch_transformers.modeling_switch_transformers"),
+    "transformers.models.nllb_moe.modeling_nllb_moe",
+]
+"""What measuring a model imports, none of it ours either."""
+
 
 # -- the workflow's side -------------------------------------------------------------------------------------------
 _STARTED: list[subprocess.Popen[bytes]] = []
 
 
 def start() -> None:
-    """Start the process for the jobs of this workflow and name it to them.
+    """Start the processes for the jobs of this workflow and name them to the jobs.
 
     Nothing is started where the system cannot do it, or where ``MCSMOE_FORKSERVER`` is set, and be it to nothing.
     """
@@ -53,17 +67,17 @@ def start() -> None:
         return
     # An abstract name leaves no file behind, however the workflow ends; both sides check whose the other is.
     name = f"mcsmoe-{secrets.token_hex(16)}"
-    process = subprocess.Popen(
-        [sys.executable, __file__, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert process.stdout is not None
-    if process.stdout.read(1):  # it listens
-        _STARTED.append(process)
-        os.environ["MCSMOE_FORKSERVER"] = name
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    started = [subprocess.Popen([sys.executable, __file__, name + end], **pipes) for end in ("", MEASURED)]
+    for process in started:
+        assert process.stdout is not None
+        if process.stdout.read(1):  # it listens; a job that finds nobody there is started by itself
+            _STARTED.append(process)
+            os.environ["MCSMOE_FORKSERVER"] = name
 
 
 def stop() -> None:
-    """End the process, once no job runs; it ends by itself, too, when the workflow does."""
+    """End the processes, once no job runs; they end by themselves, too, when the workflow does."""
     while _STARTED:
         os.environ.pop("MCSMOE_FORKSERVER", None)
         process = _STARTED.pop()
@@ -72,15 +86,42 @@ def stop() -> None:
 
 
 # -- the process itself --------------------------------------------------------------------------------------------
-def load() -> None:
+def load(libraries: list[str]) -> None:
     """Import what jobs need, with the environment they would set before they import it."""
     from mcsmoe import console
 
     console.settle_environment(threads=1)
-    for name in LIBRARIES:
+    for name in libraries:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a collection in a job then leaves the shared pages alone
+
+
+class Resident:
+    """Pages of files, mostly of libraries, that are mapped into this process now.
+
+    The system gives a fork the pages that its parent has written, and lets it find those of files again when it needs them.
+    Until then they do not count as its memory, as they would in a process that had loaded the libraries itself.
+    """
+
+    def __init__(self) -> None:
+        size = os.sysconf("SC_PAGE_SIZE")
+        self.pages: list[int] = []
+        with open("/proc/self/maps") as maps, open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            for line in maps:
+                span, access, _, _, inode, *_ = line.split()
+                if inode == "0" or not access.startswith("r"):
+                    continue
+                start, end = (int(part, 16) for part in span.split("-"))
+                entries = memoryview(os.pread(pagemap.fileno(), (end - start) // size * 8, start // size * 8)).cast("Q")
+                self.pages += [start + number * size for number, entry in enumerate(entries) if entry >> 63]
+
+    def touch(self) -> None:
+        """Map them into this process, a fork of the one they were found in."""
+        import ctypes
+
+        for page in self.pages:
+            ctypes.string_at(page, 1)
 
 
 def serve(name: str) -> list[str] | None:
@@ -91,7 +132,7 @@ def serve(name: str) -> list[str] | None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the jobs are told by the terminal themselves
     os.write(1, b".")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    loaded = False
+    measured, loaded, resident = name.endswith(MEASURED), False, None
     sources: list[Any] = [listener, 0]
     while True:
         ready, _, _ = select.select(sources, [], [])
@@ -103,12 +144,16 @@ def serve(name: str) -> list[str] | None:
             connection.close()
             continue
         if not loaded:
-            load()
+            load(LIBRARIES_TO_MEASURE if measured else LIBRARIES)
             loaded = True
+            resident = Resident() if measured else None
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are not waited for
         if os.fork() == 0:
             listener.close()
-            return watch(connection)
+            words = watch(connection)
+            if resident is not None:
+                resident.touch()
+            return words
         connection.close()
 
 
