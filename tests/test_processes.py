@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from mcsmoe.data.tasks import load_task
 from mcsmoe.statistics import routing
 from mcsmoe.train.pretrain import build_switch
 from mcsmoe.train.tokenizer import train_tokenizer
-from mcsmoe.workflow import options
+from mcsmoe.workflow import forkserver, options
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = 1e-5  # largest difference of a weight after the trainings below, learning rate 1e-3; 2e-6 was seen
@@ -168,8 +170,35 @@ class Place:
         save_model(build_switch(ARCHITECTURE, len(tokenizer), 0), folder / "base", tokenizer)
 
     def command(self, processes: int, script: str, *arguments: str) -> list[str]:
-        launch = [sys.executable, str(ROOT / "mcsmoe" / "workflow" / "launch.py"), "--processes", str(processes)]
+        launch = [
+            sys.executable,
+            "-S",
+            "-E",
+            str(ROOT / "mcsmoe" / "workflow" / "launch.py"),
+            "--processes",
+            str(processes),
+        ]
         return [*launch, str(ROOT / "workflow_scripts" / f"{script}.py"), *map(str, arguments)]
+
+    def run_forked(self, script: str, *arguments: str) -> None:
+        """Two processes told of each other as the launcher tells them, but forked of the loaded process where there is one."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        started = [
+            subprocess.Popen(
+                self.command(1, script, *arguments),
+                env={**self.environment(), **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                text=True,
+                cwd=self.folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            for rank in (0, 1)
+        ]
+        shown = [process.communicate(timeout=300)[0] for process in started]
+        assert [process.returncode for process in started] == [0, 0], "\n".join(shown)[-4000:]
 
     def run(self, processes: int, script: str, *arguments: str, expect: int = 0) -> str:
         done = subprocess.run(
@@ -224,25 +253,36 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     made = Place(tmp_path_factory.mktemp("stages"))
-    for processes in (1, 2):
-        made.run(processes, "prepare", *made.pretraining(f"based{processes}"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MCSMOE_FORKSERVER", raising=False)
+        patch.setenv("PYTHONPATH", str(ROOT))  # as the stages have it: a fork is of its like only
+        forkserver.start()
+        everything(made)
+        yield made
+        forkserver.stop()
+
+
+def everything(made: Place) -> None:
+    """Every stage by one process and by two; those of fine-tuning are started by the launcher, as users start them."""
+    run: Callable[..., object]
+    for processes, run in ((1, partial(made.run, 1)), (2, made.run_forked)):
+        run("prepare", *made.pretraining(f"based{processes}"))
         pruning = {"experts": 2, "groups": f"pruned{processes}/groups.parquet", "balance_weight": 0.05}
-        made.run(processes, "prune", *made.training(f"pruned{processes}", "base", **pruning))
+        run("prune", *made.training(f"pruned{processes}", "base", **pruning))
         made.run(processes, "finetune", *made.training(f"full{processes}", "base", balance_weight=0.05))
     limits = ("--max-input", "64", "--max-label", "16", "--tokens", "tokens")
     made.run(1, "cache_teacher", *f"--model full1/model --train train.parquet --out teacher {' '.join(limits)}".split())
-    for processes in (1, 2):
-        made.run(processes, "recover", *made.training(f"recovered{processes}", "full1/model", teacher="teacher"))
+    for processes, run in ((1, partial(made.run, 1)), (2, made.run_forked)):
+        run("recover", *made.training(f"recovered{processes}", "full1/model", teacher="teacher"))
         compression = {"teacher": "teacher", "rank": 2, "keep": 0.25, "initial_fraction": 0.2, "final_fraction": 0.3}
-        made.run(processes, "compress", *made.training(f"compressed{processes}", "full1/model", **compression))
+        run("compress", *made.training(f"compressed{processes}", "full1/model", **compression))
         files = f"--table routing{processes}.parquet --statistics routing{processes}.safetensors"
         # Three batches: the second process has none in the last round.
         settings = "--samples 40 --batch-size 16 --reservoir 8 --saliency --whiten --device cpu"
         words = f"--model full1/model --train train.parquet {files} {settings} {' '.join(limits)}"
-        made.run(processes, "collect_routing", *words.split())
-    return made
+        run("collect_routing", *words.split())
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -33,25 +35,72 @@ NUMERICAL = [
 FORBIDDEN = ["transformers", "snakemake", "mlflow", "pandas", "pyarrow", "datasets", "accelerate"]
 
 
+# One interpreter for all: a fork for each has imported nothing of ours before, and torch, which every one may have, only once.
+_IMPORTED = """
+import importlib, os, sys, torch
+for module in sys.argv[2:]:
+    if os.fork() == 0:
+        importlib.import_module(module)
+        print(module, *(name for name in sys.argv[1].split() if name in sys.modules), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, module
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, list[str]]:
+    """What of FORBIDDEN each numerical module brings in when it is imported alone."""
+    command = [sys.executable, "-c", _IMPORTED, " ".join(FORBIDDEN), *NUMERICAL]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {module: forbidden for module, *forbidden in lines}
+
+
 @pytest.mark.parametrize("module", NUMERICAL)
-def test_numerical_modules_import_no_model_no_workflow_and_no_tracker(module: str) -> None:
-    check = f"import sys, {module}; print([n for n in {FORBIDDEN} if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]"
+def test_numerical_modules_import_no_model_no_workflow_and_no_tracker(
+    module: str, imported: dict[str, list[str]]
+) -> None:
+    assert imported[module] == []
+
+
+@pytest.fixture(scope="module")
+def understood(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The rules as Snakemake understood them: those of the default, and of a model that is not trained."""
+    folder = tmp_path_factory.mktemp("a folder")
+    untrained = folder / "untrained.yaml"
+    settings = {
+        "zero_shot": True,
+        "model": {"checkpoint": "some/model"},
+        "tasks": ["COPA"],
+        "variants": ["full", "msmoe"],
+    }
+    untrained.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, str(ROOT / "tests" / "workflow_rules.py"), str(folder)]
+    command += [str(ROOT / "config.yaml"), str(untrained)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trained, untouched = json.loads(done.stdout)
+    assert set(trained) - set(untouched) == {"finetune"}
+    assert set(untouched) - set(trained) == {"take_full"}
+    return untouched | trained
+
+
+def test_every_rule_has_a_file_and_every_file_a_rule(understood: dict[str, dict[str, Any]]) -> None:
+    assert sorted(understood) == sorted([*RULES, "all"])
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_rule_script_log_and_benchmark_share_a_name(rule: str) -> None:
-    text = (ROOT / "rules" / f"{rule}.smk").read_text()
-    assert re.findall(r"^rule (\w+):", text, re.MULTILINE) == [rule]
-    assert (ROOT / "workflow_scripts" / f"{rule}.py").is_file()
-    for part in (f'script=script("{rule}")', f"{{LOGS}}/{rule}/", f"{{BENCHMARKS}}/{rule}/", f'code=code("{rule}")'):
-        assert part in text, f"rule {rule} lacks {part}"
-    # The order that snakefmt writes.
-    order = ["input", "output", "log", "conda", "threads", "resources", "params", "message", "shell"]
-    found = [text.index(f"\n    {word}:") for word in order if f"\n    {word}:" in text]
-    assert found == sorted(found)
-    assert f'"rules/{rule}.smk"' in (ROOT / "Snakefile").read_text()
+def test_rule_script_log_and_benchmark_share_a_name(rule: str, understood: dict[str, dict[str, Any]]) -> None:
+    found = understood[rule]
+    script = ROOT / "workflow_scripts" / f"{rule}.py"
+    assert script.is_file()
+    assert found["file"] == f"{rule}.smk"
+    assert found["script"] == str(script)
+    assert found["code"] == provenance.code_digest(script)
+    assert found["messages"].startswith(f"results/logs/{rule}/")
+    assert found["usage"].startswith(f"results/benchmarks/{rule}/")
+    assert found["environment"] == "mcsmoe.yaml"
+    assert found["message"]
 
 
 @pytest.mark.parametrize("config", ["config.yaml", "tests/tiny_workflow.yaml"])
@@ -63,12 +112,39 @@ def test_snakemake_finds_nothing_to_complain_of(config: str, tmp_path: Path) -> 
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+_HELP = """
+import contextlib, io, json, os, runpy, sys
+shown = {}
+for script in sys.argv[1:]:
+    end, start = os.pipe()
+    if os.fork() == 0:  # each in a process that has imported nothing of ours
+        os.dup2(start, 1)
+        sys.argv, sys.path[0] = [script, "--help"], os.path.dirname(script)
+        runpy.run_path(script, run_name="__main__")
+        os._exit(3)  # help ends a program
+    os.close(start)
+    with open(end) as text:
+        shown[script] = text.read()
+    assert os.wait()[1] == 0, script
+print(json.dumps(shown))
+"""
+
+
+@pytest.fixture(scope="module")
+def helped() -> dict[str, str]:
+    """What each stage's script shows when it is asked for help."""
+    scripts = [str(ROOT / "workflow_scripts" / f"{rule}.py") for rule in RULES]
+    done = subprocess.run(
+        [sys.executable, "-c", _HELP, *scripts], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return {Path(script).stem: text for script, text in json.loads(done.stdout).items()}
+
+
 @pytest.mark.parametrize("rule", RULES)
-def test_every_stage_runs_alone_and_shows_an_example(rule: str) -> None:
-    script = ROOT / "workflow_scripts" / f"{rule}.py"
-    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "example:" in done.stdout
-    assert f"python workflow_scripts/{rule}.py" in done.stdout
+def test_every_stage_runs_alone_and_shows_an_example(rule: str, helped: dict[str, str]) -> None:
+    assert "example:" in helped[rule]
+    assert f"python workflow_scripts/{rule}.py" in helped[rule]
 
 
 def test_a_digest_follows_the_modules_a_script_uses() -> None:

@@ -41,6 +41,9 @@ IGNORED = {
 OPTIONAL = ".state/tokens/"
 """A cache named by its content: a run that finds a stage finished needs no tokens for it. Those of both are compared."""
 
+AT_THE_END = ("summary.parquet",)
+"""What is made of everything."""
+
 IGNORED_COLUMNS = dict.fromkeys(MEASURED, "measured by a clock or a scale")
 """Columns of parquet tables that two runs need not share."""
 
@@ -135,10 +138,15 @@ def compared(results: Path) -> dict[str, Path]:
     return found
 
 
-def differences(one: Path, other: Path) -> list[str]:
-    """What differs between two results folders, bit by bit, apart from ``IGNORED`` and ``IGNORED_COLUMNS``."""
+def differences(one: Path, other: Path, ended: bool = True) -> list[str]:
+    """What differs between two results folders, bit by bit, apart from ``IGNORED`` and ``IGNORED_COLUMNS``.
+
+    ``ended``: the other ran to its end too; else it need not have what is made of everything at the end.
+    """
     left, right = compared(one), compared(other)
     only = [name for name in sorted(set(left) ^ set(right)) if not name.startswith(OPTIONAL)]
+    if not ended:
+        only = [name for name in only if name not in AT_THE_END]
     found = [f"{name} is only in {one if name in left else other}" for name in only]
     for name in sorted(set(left) & set(right)):
         if left[name].read_bytes() == right[name].read_bytes():
@@ -150,6 +158,8 @@ def differences(one: Path, other: Path) -> list[str]:
         measured = [column for column in tables[0].column_names if column in IGNORED_COLUMNS]
         if not measured or len({as_bytes(table.drop_columns(measured)) for table in tables}) > 1:
             found.append(f"{name} differs")
+    if not ended:
+        return found
     found += [f"{name} is missing" for name in ("report.html", "published.json") if not (other / name).is_file()]
     if (one / "mlflow.db").is_file() and published(one) != published(other):
         found.append("the runs in mlflow.db differ")
@@ -180,10 +190,10 @@ def published(results: Path) -> list[tuple[str, str, str, str]]:
     return sorted(row for row in rows if row[2].rpartition("/")[2] not in IGNORED_COLUMNS)
 
 
-def same_results(one: Project, other: Project) -> None:
-    """Checkpoints, statistics and tables agree bit by bit, apart from what is measured."""
+def same_results(one: Project, other: Project, ended: bool = True) -> None:
+    """Checkpoints, statistics and tables agree bit by bit, apart from what is measured; ``ended`` as ``differences``."""
     assert sum(name.endswith(".safetensors") for name in compared(one.results)) > 8
-    assert differences(one.results, other.results) == []
+    assert differences(one.results, other.results, ended) == []
 
 
 # -- half-made artefacts -----------------------------------------------------------------------------------------
