@@ -147,6 +147,8 @@ def serve(name: str) -> list[str] | None:
             load(LIBRARIES_TO_MEASURE if measured else LIBRARIES)
             loaded = True
             resident = Resident() if measured else None
+            if not measured:
+                wake(name + MEASURED)
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are not waited for
         if os.fork() == 0:
             listener.close()
@@ -155,6 +157,12 @@ def serve(name: str) -> list[str] | None:
                 resident.touch()
             return words
         connection.close()
+
+
+def wake(name: str) -> None:
+    """Let the process ``name`` load its libraries now, while the first jobs work, and not when a job waits for them."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(f"\0{name}")
 
 
 def watch(connection: socket.socket) -> list[str]:
@@ -191,6 +199,8 @@ def watch(connection: socket.socket) -> list[str]:
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """A request and the standard streams that come with it."""
     head, streams, _, _ = socket.recv_fds(connection, 4, 3)
+    if not head:
+        os._exit(0)  # nothing is asked: see wake
     size, body = int.from_bytes(head, "big"), b""
     while len(body) < size:
         part = connection.recv(size - len(body))
