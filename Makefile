@@ -10,11 +10,11 @@ PYTHON ?= python3
 CORES ?= all
 CONFIG ?= config.yaml
 RESULTS ?= results
-# Processes that share the tests, one for each core; what shares a costly fixture stays together (tests/conftest.py).
+# Processes that share the tests, one for each core; the tests of a file stay together, where its fixtures are.
 WORKERS ?= logical
 VENV := .venv
 RUN := $(VENV)/bin/python
-PYTEST := $(RUN) -m pytest -n $(WORKERS) --maxprocesses 16 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --maxprocesses 16 --dist loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Nothing is sent anywhere by any library used.

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    from faults.project import Project
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,14 +20,10 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes begins first; a module's tests stay with one worker, and its fixtures, unless they say otherwise."""
-    items.sort(key=lambda item: item.get_closest_marker("workflow") is None)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            part = " workflow" if item.get_closest_marker("workflow") else ""
-            item.add_marker(pytest.mark.xdist_group(item.path.stem + part))
+    """Files that run the workflow begin first: they take minutes, and the others fill what time is left on other workers."""
+    minutes = {item.path for item in items if item.get_closest_marker("workflow")}
+    items.sort(key=lambda item: item.path not in minutes)
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +55,19 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
         return folder
 
     return made
+
+
+@pytest.fixture(scope="session")
+def finished(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Project:
+    """The tiny workflow after it ran to its end. Shared by all workers: read only."""
+    from faults.project import Project
+
+    def make(folder: Path) -> None:
+        output = Project(folder / "a clone").run()
+        assert "MLflow:" in output
+        assert "report.html" in output
+
+    return Project(made_once("work flow", make) / "a clone")
 
 
 @pytest.fixture(autouse=True)

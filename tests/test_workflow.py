@@ -1,4 +1,4 @@
-"""The real workflow on tiny input: artefacts, caching, partial reruns, kill and resume, bad input."""
+"""The real workflow on tiny input: artefacts, caching, partial reruns, bad input."""
 
 from __future__ import annotations
 
@@ -6,27 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from faults.project import TINY, Project, same_results, tables
+from faults.project import TINY, Project, tables
 
 from mcsmoe.artefacts.tables import SCHEMAS, read_table
 
 pytestmark = pytest.mark.workflow
-
-
-@pytest.fixture(scope="session")
-def finished(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Project:
-    """A workflow that ran to its end. Shared by all workers: read only."""
-
-    def make(folder: Path) -> None:
-        output = Project(folder / "a clone").run()
-        assert "MLflow:" in output
-        assert "report.html" in output
-
-    return Project(made_once("work flow", make) / "a clone")
 
 
 @pytest.fixture(scope="module")
@@ -111,46 +97,6 @@ def test_changed_code_reruns_the_rules_that_use_it(done: Project) -> None:
     assert planned_with("report/page.py") == {"summarise", "publish"}
     assert planned_with("tracking/store.py") == {"publish"}
     assert done.planned() == {}
-
-
-RUN, CHECKPOINT = "COPA/seed0", "model.safetensors"
-
-
-@pytest.mark.parametrize(
-    ("rule", "stage", "made"),
-    [
-        # The first goes on to the end of the workflow, the others to the end of the stage that was killed.
-        pytest.param(rule, stage, made, id=f"{rule}-{stage}", marks=pytest.mark.xdist_group(f"kill {rule}"))
-        for rule, stage, made in [
-            ("prepare", "base/seed0", None),
-            ("finetune", f"{RUN}/full", f"{RUN}/full"),
-            ("prune", f"{RUN}/task-specific-2e-pruned", f"{RUN}/task-specific/2e/pruned"),
-            ("recover", f"{RUN}/msmoe-2e-recovered", f"{RUN}/msmoe/2e/recovered"),
-            ("compress", f"{RUN}/mcsmoe-2e-compressed", f"{RUN}/mcsmoe/2e/compressed"),
-        ]
-    ],
-)
-def test_a_killed_training_resumes_and_ends_the_same(
-    finished: Project, tmp_path: Path, rule: str, stage: str, made: str | None
-) -> None:
-    killed = Project(tmp_path / "killed run")
-    # What came before is taken over, so that each test kills the stage it is about.
-    for part in ("data", "base", "COPA"):
-        shutil.copytree(finished.results / part, killed.results / part)
-    shutil.copytree(finished.place / ".snakemake", killed.place / ".snakemake")
-    targets = [] if made is None else [f"results/{made}"]
-    before = made and (killed.results / made / CHECKPOINT).stat().st_mtime_ns
-    state = killed.results / ".state" / stage
-    killed.kill_when(lambda: any(state.glob("step-*.safetensors")), *targets, "--forcerun", rule)
-    assert not list(killed.results.rglob("published.json"))
-    killed.run(*targets)
-    assert any("resuming after step" in path.read_text() for path in (killed.results / "logs" / rule).rglob("*.log"))
-    assert not state.exists()
-    if made is None:
-        same_results(finished, killed)
-    else:
-        assert (killed.results / made / CHECKPOINT).stat().st_mtime_ns != before
-        same_results(finished, killed, ended=False)
 
 
 def test_bad_input_touches_nothing(done: Project) -> None:
