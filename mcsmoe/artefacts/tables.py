@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from mcsmoe.artefacts.atomic import atomic_file
 from mcsmoe.artefacts.digests import SEAL, UNSEALED, check_seal, seal
+from mcsmoe.artefacts.values import check_values
 
 
 def _schema(**columns: tuple[pa.DataType, str]) -> pa.Schema:
@@ -209,27 +210,32 @@ def write_parquet(path: str | Path, table: pa.Table) -> None:
 
 
 def read_table(path: str | Path, name: str) -> pd.DataFrame:
-    """Read a parquet file and check it against schema ``name``.
+    """Read a parquet file, and check it against schema ``name`` and its values against what they must be.
 
     Raises:
-        ValueError: a file that is missing, unreadable or altered since it was written, or columns or types that are not
-            the schema's; names file and column.
+        ValueError: a file that is missing, unreadable or altered since it was written, columns or types that are not the
+            schema's, or values as in ``check_values``; names file and column or row.
     """
     schema = SCHEMAS[name]
     try:
         check_seal(path)
         table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({error}); delete it and run again") from error
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a readable parquet file ({reason}); delete it and run again") from error
     _check_columns(table.column_names, schema, name, path)
     for field in schema:
         found = table.schema.field(field.name).type
         if found != field.type:
             raise ValueError(f"{path}: column {field.name!r} is {found}, table {name!r} has {field.type}")
+    check_values(path, table, name)
     return table.to_pandas()
 
 
 def _check_columns(columns: list[str], schema: pa.Schema, name: str, path: str | Path) -> None:
+    twice = [column for column in schema.names if columns.count(column) > 1]
+    if twice:
+        raise ValueError(f"{path}: table {name!r} has two columns {twice[0]!r}")
     missing = sorted(set(schema.names) - set(columns))
     unknown = sorted(set(columns) - set(schema.names))
     if missing or unknown:

@@ -28,16 +28,21 @@ class Evidence:
     @staticmethod
     def read(routing: Path, gradients: Path | None = None, permutation: Path | None = None) -> Evidence:
         """Read the files that the stages before have written."""
-        moved: dict[LayerId, Tensor] = {}
-        if permutation is not None:
-            from mcsmoe.artefacts.tables import read_table
-
-            for layer, rows in read_table(permutation, "permutation").groupby("layer", sort=False):
-                moved[str(layer)] = torch.from_numpy(
-                    np.stack(rows.sort_values("expert")["permutation"].tolist()).astype(np.int64)
-                )
         found = {} if gradients is None else load_tensors(gradients)
-        return Evidence(load_statistics(routing), found, moved)
+        statistics = load_statistics(routing)
+        moved = {} if permutation is None else _permutations(permutation, statistics)
+        return Evidence(statistics, found, moved)
+
+    def check_against(self, layer: LayerId, weights: ExpertWeights) -> None:
+        """Raise ValueError, naming the layer, unless statistics and permutations can be of experts of this shape."""
+        self.layer(layer).check_against(layer, weights.num_experts, weights.d_model)
+        if self.permutations:
+            shape, wanted = tuple(self.permutations[layer].shape), (weights.num_experts, weights.width)
+            if shape != wanted:
+                raise ValueError(
+                    f"layer {layer!r}: the permutation is of {shape[0]} experts with {shape[1]} neurons, the layer has "
+                    f"{wanted[0]} with {wanted[1]}; it was made for another model"
+                )
 
     def layer(self, layer: LayerId) -> LayerStatistics:
         """Statistics of one layer.
@@ -55,3 +60,28 @@ class Evidence:
             return None
         found = expert_tensors(dict(self.tensors), kind, layer, like)
         return align.apply_permutation(found, self.permutations[layer], layer) if layer in self.permutations else found
+
+
+def _permutations(file: Path, statistics: RoutingStatistics) -> dict[LayerId, Tensor]:
+    """Table ``permutation``: by layer [E, F] int64, complete for all layers that ``statistics`` are of.
+
+    Raises:
+        ValueError: a layer that is in one of them only, or has another number of experts; names file and layer.
+    """
+    from mcsmoe.artefacts.tables import read_table
+
+    moved: dict[LayerId, Tensor] = {}
+    for layer, rows in read_table(file, "permutation").groupby("layer", sort=False):
+        stacked = np.stack(rows.sort_values("expert")["permutation"].tolist()).astype(np.int64)
+        moved[str(layer)] = torch.from_numpy(stacked)
+    for layer in sorted(set(moved) ^ set(statistics.layers)):
+        where = "the permutation" if layer in statistics.layers else "the routing statistics"
+        raise ValueError(f"{file}: layer {layer!r} is missing in {where}; they are of different models")
+    for layer, permutation_EF in moved.items():
+        experts = statistics.layers[layer].num_experts
+        if len(permutation_EF) != experts:
+            raise ValueError(
+                f"{file}: layer {layer!r} has a permutation for {len(permutation_EF)} experts, the routing statistics are "
+                f"of {experts}; delete it and run again"
+            )
+    return moved

@@ -67,11 +67,10 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 
 def _overlap(prediction: str, reference: str) -> float:
     answer, truth = prediction.split(), reference.split()
-    if not answer or not truth:
-        # Nothing is left of "the" after normalisation: equal emptiness is agreement, as in SQuAD 2.0's rule.
-        return float(answer == truth)
     common = sum((Counter(answer) & Counter(truth)).values())
-    return 2 * common / (len(answer) + len(truth))
+    # Without a common word it is 0, also where nothing is left of both ("the" against "a"), as in the scripts of SQuAD 1.1
+    # and HotpotQA; it is SQuAD 2.0's script, whose questions may have no answer, that calls two empty ones equal.
+    return 2 * common / (len(answer) + len(truth)) if common else 0.0
 
 
 def token_f1(prediction: str, references: Sequence[str], closed: bool = False) -> float:

@@ -120,7 +120,10 @@ def group_layers(layers: Layers, settings: GroupSettings, evidence: Evidence, al
 def layer_similarity(layer: SparseLayer, settings: GroupSettings, evidence: Evidence) -> Tensor:
     """[E, E] similarity of a layer's experts."""
     needs = SIMILARITIES[settings.similarity].needs
+    evidence.layer(layer.id).check_against(layer.id, layer.num_experts)
     weights = layer.read_experts() if needs & {"weights", "tokens", "gradients"} else None
+    if weights is not None:
+        evidence.check_against(layer.id, weights)
     inputs = SimilarityInputs(
         statistics=evidence.layer(layer.id),
         weights=weights,

@@ -28,6 +28,9 @@ def groupings_of(groups: pd.DataFrame, layers: Sequence[LayerId]) -> dict[LayerI
         ValueError: a layer of the model is missing, or its rows are no grouping; names it.
     """
     found: dict[LayerId, Grouping] = {}
+    foreign = sorted(set(groups["layer"]) - set(layers))
+    if foreign:
+        raise ValueError(f"layer {foreign[0]!r} of the groups is not in the model, which has {list(layers)}")
     for layer in layers:
         rows = groups[groups["layer"] == layer].sort_values("expert")
         if rows["expert"].tolist() != list(range(len(rows))) or not len(rows):
@@ -84,6 +87,11 @@ def merge_layers(
         ValueError: a merge that needs what was not collected, or evidence of another model; names it.
     """
     settings.check(evidence)
+    for name, grouping in groupings.items():
+        experts = layers.structure(name).num_experts
+        if grouping.num_experts != experts:
+            raise ValueError(f"layer {name!r}: the groups are of {grouping.num_experts} experts, the layer has {experts}")
+        evidence.layer(name).check_against(name, experts)
 
     def merge(layer: SparseLayer) -> None:
         grouping = groupings[layer.id]
@@ -99,6 +107,7 @@ def merge_layers(
 def merge_layer(layer: SparseLayer, grouping: Grouping, settings: MergeSettings, evidence: Evidence) -> None:
     """Merge the experts of one layer in place, aligned to the leaders of their groups first where that is asked for."""
     weights, statistics, needs = layer.read_experts(), evidence.layer(layer.id), MERGES[settings.merge].needs
+    evidence.check_against(layer.id, weights)
     fisher = evidence.per_weight("fisher", layer.id, weights) if "fisher" in needs else None
     if settings.alignment.endswith(TO_LEADER):
         reference_E = grouping.dominant[grouping.expert_to_group]
