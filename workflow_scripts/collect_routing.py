@@ -35,8 +35,9 @@ def main(arguments: argparse.Namespace) -> None:
 
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.artefacts.tables import read_table, write_table
+    from mcsmoe.artefacts.tensors import TensorFolder
     from mcsmoe.calibration import text as cli_text
-    from mcsmoe.calibration.files import save_tensors
+    from mcsmoe.calibration.files import save_statistics
     from mcsmoe.calibration.passes import collect_routing
     from mcsmoe.calibration.rows import rows_of
     from mcsmoe.calibration.tables import routing_frame
@@ -69,7 +70,7 @@ def main(arguments: argparse.Namespace) -> None:
     )
     if processes.is_main():
         write_table(arguments.table, routing_frame(statistics), "routing")
-        save_tensors(arguments.statistics, statistics.tensors())
+        save_statistics(arguments.statistics, statistics, TensorFolder(arguments.model).fingerprint)
     processes.end()
 
 

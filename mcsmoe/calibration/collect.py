@@ -55,7 +55,7 @@ class _Run:
         encoder_decoder = bool(source.model.config.is_encoder_decoder)
         self.described: dict[str, Any] = {
             "version": statistics_folder.VERSION,
-            "model": identity(source),
+            "model": source.tensors.fingerprint,
             "architecture": type(source.model).__name__,
             "layers": {layer: statistics_folder.layer_file(number) for number, layer in enumerate(source.layers)},
             "domains": {
@@ -76,7 +76,7 @@ class _Run:
             },
         }
         changed = [file.path.stat().st_mtime_ns for _, file in sorted(source.tensors.files.items())]
-        self.request = self.described | {"changed": changed, "outputs": options.outputs}
+        self.request = self.described | {"files": identity(source), "changed": changed, "outputs": options.outputs}
         self.convergence: dict[str, float] = {}
         self.done: list[str] = []
         self.order: list[str] = []

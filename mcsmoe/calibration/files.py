@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from mcsmoe.artefacts.tensors import read_sealed, write_sealed
 from mcsmoe.statistics.routing import RoutingStatistics
 from mcsmoe.types import ExpertWeights, LayerId
 
-if TYPE_CHECKING:
-    pass
+log = logging.getLogger(__name__)
+_MODEL = "@model"  # fingerprint of the weights that statistics were taken on
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -29,14 +30,48 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return read_sealed(path)[0]
 
 
-def load_statistics(path: Path) -> RoutingStatistics:
-    """Routing statistics that ``save_tensors(path, statistics.tensors())`` wrote, or a folder that was collected."""
+def save_statistics(path: Path, statistics: RoutingStatistics, model: str) -> None:
+    """Write routing statistics atomically; ``model`` is the ``fingerprint`` of the weights they were taken on."""
+    # Not among the metadata, which the library writes in no certain order: the same statistics are the same bytes.
+    taken_on = torch.tensor(list(model.encode()), dtype=torch.uint8)
+    write_sealed(path, statistics.tensors() | {_MODEL: taken_on})
+
+
+def load_statistics(path: Path, model: str | None = None) -> RoutingStatistics:
+    """Routing statistics that ``save_statistics`` wrote, or a folder that was collected.
+
+    Args:
+        model: fingerprint of the weights that they have to have been taken on; None asks for none. A file that does not
+            say what it was taken on is accepted with a warning.
+
+    Raises:
+        ValueError: missing, unreadable, altered, no statistics, or taken on another model; names the file and the remedy.
+    """
     if Path(path).is_dir():
         # Not at the top: most stages read single files, and are not to be run again for what a folder is.
-        from mcsmoe.calibration.folder import open_statistics
+        from mcsmoe.calibration.folder import open_statistics, read_description
 
+        _check_model(path, str(read_description(path).get("model", "")), model)
         return open_statistics(path)
-    return RoutingStatistics.from_tensors(load_tensors(path))
+    tensors = load_tensors(path)
+    taken_on = tensors.pop(_MODEL, torch.empty(0, dtype=torch.uint8))
+    _check_model(path, bytes(taken_on.flatten().to(torch.uint8).tolist()).decode(errors="replace"), model)
+    try:
+        return RoutingStatistics.from_tensors(tensors)
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _check_model(path: Path, taken_on: str, model: str | None) -> None:
+    if model is None or taken_on == model:
+        return
+    if not taken_on:
+        log.warning("%s: does not say what model it was taken on; it is taken for this one's", path)
+        return
+    raise ValueError(
+        f"{path}: these statistics were taken on another model (other weights: another family, seed or state of training); "
+        "collect them on this one"
+    )
 
 
 def gradient_tensors(

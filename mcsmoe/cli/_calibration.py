@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from mcsmoe.calibration import text
-from mcsmoe.calibration.files import load_statistics, save_tensors
+from mcsmoe.calibration.files import load_statistics, save_statistics
 from mcsmoe.calibration.layer_major import DomainBatch, LayerMajor
 from mcsmoe.calibration.states import States
 from mcsmoe.checkpoint.load import load_tokenizer
@@ -40,7 +40,7 @@ def statistics(source: Streamed, arguments: argparse.Namespace) -> RoutingStatis
         ValueError: there is neither, or the file is of another model.
     """
     if arguments.statistics is not None:
-        found = load_statistics(arguments.statistics)
+        found = load_statistics(arguments.statistics, source.tensors.fingerprint)
         found.check_layers(source.layers)
         return found
     if arguments.calibration is None:
@@ -66,5 +66,5 @@ def statistics(source: Streamed, arguments: argparse.Namespace) -> RoutingStatis
     # As the model names them, which need not be the order of their calls.
     found.layers = {layer: found.layers[layer] for layer in source.layers}
     if arguments.save_statistics is not None:
-        save_tensors(arguments.save_statistics, found.tensors())
+        save_statistics(arguments.save_statistics, found, source.tensors.fingerprint)
     return found

@@ -100,6 +100,11 @@ def prepare(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{out}: exists already; give another --out, or --overwrite to replace it")
     if out.resolve() == Path(arguments.model).resolve():
         raise ValueError(f"{out}: is the checkpoint that is read; give another --out")
+    given, saved = getattr(arguments, "statistics", None), getattr(arguments, "save_statistics", None)
+    if given is not None and arguments.calibration is not None:
+        raise ValueError("--calibration and --statistics are given, of which one alone can be used; leave one out")
+    if saved is not None and arguments.calibration is None:
+        raise ValueError("--save-statistics keeps what --calibration FILE collects, which is not given; give it")
     for name in ("samples", "batch_size", "max_tokens", "reservoir"):
         if getattr(arguments, name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")

@@ -90,7 +90,9 @@ def merge_layers(
     for name, grouping in groupings.items():
         experts = layers.structure(name).num_experts
         if grouping.num_experts != experts:
-            raise ValueError(f"layer {name!r}: the groups are of {grouping.num_experts} experts, the layer has {experts}")
+            raise ValueError(
+                f"layer {name!r}: the groups are of {grouping.num_experts} experts, the layer has {experts}"
+            )
         evidence.layer(name).check_against(name, experts)
 
     def merge(layer: SparseLayer) -> None:
