@@ -109,6 +109,10 @@ VALUES: dict[str, Values] = {
         unknown=frozenset({"value", "ci_low", "ci_high"}),
     ),
     "cost": Values(ranges={"parameters": _COUNT, "bytes_on_disk": _COUNT, "flops": _COUNT}, unknown=frozenset(_COST)),
+    "language": Values(
+        ranges={"tokens": _COUNT, "nats": _AMOUNT},
+        unknown=frozenset({"reference_nats", "divergence", "agreement"}),
+    ),
     "summary": Values(
         ranges={"value": _SHARE, "n": _COUNT},
         unknown=frozenset({"value", "ci_low", "ci_high", "difference", "p_value"}),
