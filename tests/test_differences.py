@@ -84,3 +84,46 @@ def test_router_jitter_has_no_part_in_evaluation() -> None:
     with adapter.capture(plain) as captured:
         tiny_switch.logits(plain, inputs)
         assert all(torch.equal(seen[layer], batch.inputs_TD) for layer, batch in captured.batches.items())
+
+
+class TwoExperts(nn.Module):
+    """Rows go to expert 0 or 1 by the sign of their first column; stacked, one product holds both, as in merged layers."""
+
+    def __init__(self, stacked: bool) -> None:
+        super().__init__()
+        self.stacked = stacked
+        self.experts = nn.ParameterList([torch.ones(2, 3)] if stacked else [torch.ones(3), torch.ones(3)])
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        chosen_T = (x_TD[:, 0] > 0).long()
+        if self.stacked:
+            return (self.experts[0][chosen_T] * x_TD).sum(dim=1)
+        out_T = torch.zeros(len(x_TD))
+        for expert in chosen_T.unique().tolist():
+            out_T = out_T.masked_scatter(chosen_T == expert, x_TD[chosen_T == expert] @ self.experts[expert])
+        return out_T
+
+
+def first_expert(folder: Path, stacked: bool, steps: int) -> Tensor:
+    """Weights of expert 0 after a training in which it receives tokens in the first step only."""
+
+    def batch(step: int) -> dict[str, Tensor]:
+        x = torch.ones(4, 3)
+        if step == 0:
+            x[:2, 0] = -1
+        return {"x": x, "labels": torch.zeros(4, 1, dtype=torch.int64)}
+
+    model = TwoExperts(stacked)
+    plan = TrainingPlan(
+        steps=steps, steps_per_epoch=steps, learning_rate=0.05, weight_decay=0.1, schedule="constant", save_every=0
+    )
+    Trainer(model, plan, Squared(), batch, StateStore(folder, "signature"), device="cpu").run("test")
+    return (model.experts[0][0] if stacked else model.experts[0]).detach().clone()
+
+
+def test_an_expert_without_tokens_stands_still_in_layers_that_were_not_merged(tmp_path: Path) -> None:
+    one, four = (first_expert(tmp_path / f"own{steps}", False, steps) for steps in (1, 4))
+    assert torch.equal(one, four)
+    # In a merged layer the experts are one tensor: a gradient of zero decays them and lets their momentum go on.
+    one, four = (first_expert(tmp_path / f"stacked{steps}", True, steps) for steps in (1, 4))
+    assert not torch.equal(one, four)
