@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mcsmoe import interruptions
+from mcsmoe.refusals import check_numbers, users_error
+
 T = TypeVar("T")
 log = logging.getLogger("mcsmoe")
 
@@ -27,6 +30,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 def parser(purpose: str, example: str) -> argparse.ArgumentParser:
     """An argument parser for one stage, with an example, and the options every stage has."""
+    interruptions.watch()
     made = argparse.ArgumentParser(
         description=purpose.replace("%", "%%"), epilog=f"example:\n  {example}", formatter_class=_Formatter
     )
@@ -84,6 +88,11 @@ def settle_environment(threads: int) -> None:
 
 def run(stage: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
     """Run a stage: set its threads and log, and turn a user's error into one message and exit status 1."""
+    interruptions.watch()
+    try:
+        check_numbers(vars(arguments))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     settle_environment(arguments.threads)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     # All processes of a job tell the same; what goes wrong in one of them is shown all the same.
@@ -100,12 +109,16 @@ def run(stage: Callable[[argparse.Namespace], None], arguments: argparse.Namespa
     log.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
         stage(arguments)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        log.debug("", exc_info=True)
-        log.error("error: %s", error)
+    except KeyboardInterrupt:
+        interruptions.leave(log)
+    except Exception as error:
+        if interruptions.count:
+            interruptions.leave(log)  # a library made another error of it
+        told = users_error(error)
+        if told is None:
+            log.exception("the stage failed; this is a defect of the program, not of its input")
+            sys.exit(2)
+        log.error("error: %s", told)
         if os.environ.get("MCSMOE_TRACEBACK"):
             raise
         sys.exit(1)
-    except Exception:
-        log.exception("the stage failed; this is a defect of the program, not of its input")
-        sys.exit(2)

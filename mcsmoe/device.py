@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
+
+_KNOWN = re.compile(r"auto|cpu|mps|(cuda|xpu)(:[0-9]{1,3})?")
 
 
 def pick(name: str) -> torch.device:
@@ -11,6 +15,8 @@ def pick(name: str) -> torch.device:
     Raises:
         ValueError: there is no such device; names it.
     """
+    if not _KNOWN.fullmatch(name):
+        raise ValueError(f"device is {name!r}, which is none; use auto, cpu, cuda, cuda:1 and so on, mps or xpu")
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found if found is not None else torch.device("cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import json
 import os
@@ -17,7 +18,15 @@ from typing import Any
 
 from mcsmoe.artefacts.digests import digest_directory, digest_files, write_sums
 
-__all__ = ["atomic_directory", "atomic_file", "digest_directory", "digest_files", "directory_bytes", "explained"]
+__all__ = [
+    "atomic_directory",
+    "atomic_file",
+    "claimed",
+    "digest_directory",
+    "digest_files",
+    "directory_bytes",
+    "explained",
+]
 __all__ += ["unwritable", "write_json"]
 
 _UNWRITABLE = {
@@ -56,14 +65,29 @@ def _is_running(pid: int) -> bool:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what killed processes of this machine left half-made beside ``target``."""
+    """Remove what killed processes of this machine left half-made beside ``target``.
+
+    A folder that one of them had moved aside, and put nothing in the place of, comes back.
+    """
     for kind in ("partial", "replaced"):
         start = _beside(Path(target.name), kind, "").name
         for path in target.parent.glob(f"{glob.escape(start)}*"):
             # SQLite puts a journal beside a file, of the same name and more.
             pid = path.name.removeprefix(start).partition("-")[0]
             if pid.isdigit() and not _is_running(int(pid)):
-                _remove(path)
+                if kind == "replaced" and _identity(target) is None:
+                    path.rename(target)
+                else:
+                    _remove(path)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What stands at ``path``, told apart from whatever takes its place; None where there is nothing."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _remove(path: Path) -> None:
@@ -128,6 +152,56 @@ def explained(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
+def claimed(path: str | Path) -> Iterator[None]:
+    """Keep ``path`` for this process: another that claims it meanwhile is refused, before it has worked for nothing.
+
+    The claim is a lock that goes with the process, however it ends.
+
+    Raises:
+        ValueError: another process writes there, or the folder around it cannot be written; names the path.
+    """
+    target = Path(path).absolute()
+    made = [folder for folder in target.parents if not folder.exists()]
+    lock = target.with_name(f".{target.name}.claim")
+    with explained(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle = _locked(lock)
+        except OSError as error:
+            if error.errno in _UNWRITABLE:
+                raise
+            raise ValueError(f"{path}: cannot be written ({error.strerror}); give another place") from error
+    if handle is None:
+        raise ValueError(f"{path}: another command is writing there; wait for it, or give another --out")
+    try:
+        _remove_leftovers(target)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        os.close(handle)
+        for folder in made:
+            with contextlib.suppress(OSError):  # it has something in it now
+                folder.rmdir()
+
+
+def _locked(lock: Path) -> int | None:
+    """A handle that holds the lock; None where another process does."""
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        # Whoever held it before may have removed the file between the two calls.
+        held = os.fstat(handle)
+        if _identity(lock) == (held.st_dev, held.st_ino):
+            return handle
+        os.close(handle)
+
+
+@contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is flushed to disk and takes ``path``'s place.
 
@@ -155,10 +229,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary directory beside ``path``; on success it takes ``path``'s place as a whole.
 
-    Its files are listed with their digests in ``SHA256SUMS``; a digest that stands there already is kept.
+    Its files are listed with their digests in ``SHA256SUMS``; a digest that stands there already is kept. What stood at
+    ``path`` at the beginning is replaced; what has come there since is not.
 
     Raises:
-        ValueError: no space or no permission; names the folder and the remedy.
+        ValueError: no space or no permission, or something has appeared at ``path``; names the folder and the remedy.
     """
     target = Path(path)
     partial, replaced = _partial(target), _beside(target, "replaced", str(os.getpid()))
@@ -166,8 +241,9 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
         _remove(partial)
-        partial.mkdir()
+        before = _identity(target)
         try:
+            partial.mkdir()
             yield partial
             write_sums(partial)
             for file in partial.rglob("*"):
@@ -175,16 +251,22 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
                     with file.open("rb+") as handle:
                         os.fsync(handle.fileno())
             _sync(partial)
-            if target.exists():
-                target.replace(replaced)
+            taken = f"{target}: has appeared or changed while this was written; it is left as it is: give another place"
+            if _identity(target) != before:
+                raise ValueError(taken)
             try:
+                if before is not None:
+                    target.replace(replaced)
                 partial.replace(target)
-            except OSError:
-                if replaced.exists():
-                    replaced.replace(target)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise ValueError(taken) from error
                 raise
             _sync(target.parent)
         finally:
+            # Also where the user interrupts between the two moves.
+            if _identity(replaced) is not None and _identity(target) is None:
+                replaced.replace(target)
             _remove(partial)
             _remove(replaced)
 

@@ -11,10 +11,12 @@ import argparse
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Protocol, cast
 
 import mcsmoe.cli
 from mcsmoe import console
+from mcsmoe.artefacts.atomic import claimed
 
 
 class Command(Protocol):
@@ -59,4 +61,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``mcsmoe``; exit status 1 for an error of the user's, with one message."""
     arguments = parser().parse_args(argv)
-    console.run(arguments.run, arguments)
+    console.run(_run, arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Run a command, which has what it writes for itself."""
+    out = getattr(arguments, "out", None)
+    with claimed(out) if out is not None else nullcontext():
+        arguments.run(arguments)

@@ -67,7 +67,7 @@ def size(text: str) -> int:
     found = re.fullmatch(r"([0-9]*\.?[0-9]+) *([kMGT]?)i?B?", text.strip(), re.IGNORECASE)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 512MB or 2GB")
-    return int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " "))
+    return int(min(float(found[1]), 1e18) * 1000 ** " kmgt".index(found[2].lower() or " "))
 
 
 def pass_options(arguments: argparse.Namespace) -> Options:

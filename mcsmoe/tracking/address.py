@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 DATABASE = "mlflow.db"
 VARIABLE = "MLFLOW_TRACKING_URI"
@@ -32,7 +32,9 @@ def without_credentials(uri: str) -> str:
     except ValueError as error:
         # The text itself may hold a password.
         raise ValueError(f"{VARIABLE} is not an address ({error}); correct it, or unset it") from error
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    if "://" not in uri:
+        return uri  # a path, or a word such as databricks
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def store_name(results: str | Path) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +17,32 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record", bound="DataclassInstance")
 _PYTHON: dict[str, Any] = {"integer": int, "number": float, "string": str}
+
+
+def _reader(part: Mapping[str, Any]) -> Callable[[str], Any]:
+    """A function from a word of the command line to a value that schema ``part`` allows."""
+    kind = _kind(part)
+
+    def read(text: str) -> Any:
+        value = _PYTHON[kind](text)
+        if kind == "string":
+            return value
+        low, above = part.get("minimum"), part.get("exclusiveMinimum")
+        high, below = part.get("maximum"), part.get("exclusiveMaximum")
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"is {text}; it must be a finite number")
+        if (low is not None and value < low) or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(
+                f"is {text}; it must be {f'at least {low}' if above is None else f'above {above}'}"
+            )
+        if (high is not None and value > high) or (below is not None and value >= below):
+            raise argparse.ArgumentTypeError(
+                f"is {text}; it must be {f'at most {high}' if below is None else f'below {below}'}"
+            )
+        return value
+
+    read.__name__ = {"integer": "whole number", "number": "number", "string": "text"}[kind]
+    return read
 
 
 def _kind(part: Mapping[str, Any]) -> str:
@@ -51,9 +78,9 @@ def add_option(group: argparse._ActionsContainer, name: str, key: str, part: Map
     elif _kind(part) == "boolean":
         group.add_argument(name, action=argparse.BooleanOptionalAction, **options)
     elif _kind(part) == "array":
-        group.add_argument(name, nargs="*", type=_PYTHON[_kind(part["items"])], **options)
+        group.add_argument(name, nargs="*", type=_reader(part["items"]), **options)
     elif _kind(part) != "object":
-        group.add_argument(name, type=_PYTHON[_kind(part)], **options)
+        group.add_argument(name, type=_reader(part), **options)
 
 
 def settings(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
