@@ -89,10 +89,6 @@ def settle_environment(threads: int) -> None:
 def run(stage: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
     """Run a stage: set its threads and log, and turn a user's error into one message and exit status 1."""
     interruptions.watch()
-    try:
-        check_numbers(vars(arguments))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     settle_environment(arguments.threads)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     # All processes of a job tell the same; what goes wrong in one of them is shown all the same.
@@ -108,6 +104,7 @@ def run(stage: Callable[[argparse.Namespace], None], arguments: argparse.Namespa
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
     log.setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
+        check_numbers(vars(arguments))
         stage(arguments)
     except KeyboardInterrupt:
         interruptions.leave(log)
