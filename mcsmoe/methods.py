@@ -88,6 +88,24 @@ MERGES: dict[str, Merge] = {
 CHOICES = {"similarity": tuple(SIMILARITIES), "grouping": GROUPINGS, "merge": tuple(MERGES)}
 """By field of a method, the names it takes, where the schema has no list of them."""
 
+CRITERIA: dict[str, str] = {
+    "frequency": "tokens routed to the expert",
+    "reap": "mean of gate times norm of the output (REAP)",
+    "mass": "sum of gate times norm of the output",
+    "man": "mean norm of the output",
+    "msan": "mean squared norm of the output",
+    "hope": "set with the least product of gated norms over tokens that chose both",
+    "gram": "set with the least squared change of the layer's output, exactly",
+    "random": "a control",
+}
+"""Which experts stay when others are left out, by name, and what each looks at (``mcsmoe.criteria``)."""
+
+DROPPED = ("delete", "redirect", "constant", "affine")
+"""What becomes of dropped experts: router rows deleted, a kept expert answers, or a novice does."""
+
+PRUNING_BUDGETS = ("uniform", "predicted", "adaptive", "auto")
+"""How the number of kept experts is spread over the layers."""
+
 TASK_SPECIFIC = "task-specific"
 """In place of a merge method: experts are pruned while the base model is fine-tuned, not merged afterwards."""
 

@@ -21,6 +21,8 @@ from mcsmoe.types import (
     LayerId,
     LayerSpec,
     LowRankFactors,
+    Novices,
+    NoviceSpec,
     Role,
 )
 
@@ -158,6 +160,38 @@ class PackedProjection(nn.Module):
 Projection = DenseProjection | LowRankProjection | PackedProjection
 
 
+class NoviceBank(nn.Module):
+    """N novices, stacked: ``constant_ND``, and ``u_NDR`` and ``v_NRD`` where they follow the input."""
+
+    def __init__(self, novices: Novices) -> None:
+        super().__init__()
+        self.constant_ND = _parameter(novices.constant_ND)
+        self.u_NDR = None if novices.u_NDR is None else _parameter(novices.u_NDR)
+        self.v_NRD = None if novices.v_NRD is None else _parameter(novices.v_NRD)
+
+    @classmethod
+    def empty(cls, spec: NoviceSpec, width: int, device: torch.device, dtype: torch.dtype) -> NoviceBank:
+        """Uninitialised novices of a structure."""
+
+        def empty(*size: int) -> Tensor:
+            return torch.empty(*size, device=device, dtype=dtype)
+
+        count, rank = spec.count, spec.rank
+        factors = (empty(count, width, rank), empty(count, rank, width)) if rank else (None, None)
+        return cls(Novices(empty(count, width), *factors))
+
+    @property
+    def novices(self) -> Novices:
+        """What they compute."""
+        return Novices(self.constant_ND, self.u_NDR, self.v_NRD)
+
+    def __len__(self) -> int:
+        return self.constant_ND.shape[0]
+
+    def forward(self, novice: int, inputs_TD: Tensor) -> Tensor:
+        return self.novices.output(novice, inputs_TD)
+
+
 class RedirectedExperts(nn.Module):
     """G stacked experts that answer for E: called with (hidden_TD, expert_TK, weights_TK).
 
@@ -191,6 +225,7 @@ class RedirectedExperts(nn.Module):
         (self.output,) = [name for name, role in self.roles.items() if role is Role.OUTPUT]
         # Part of the structure, which the checkpoint keeps in its configuration: not a weight.
         self.register_buffer("expert_to_group", expert_to_group.to(torch.int64), persistent=False)
+        self.novices: NoviceBank | None = None
 
     def projection(self, name: str) -> Projection:
         return self.projections[name]  # type: ignore[return-value]
@@ -198,6 +233,11 @@ class RedirectedExperts(nn.Module):
     @property
     def num_groups(self) -> int:
         return self.projection(self.output).shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        """Groups and novices: what an expert of the router can be sent to."""
+        return self.num_groups + (0 if self.novices is None else len(self.novices))
 
     def spec(self) -> LayerSpec:
         """What ``empty_projections`` needs to build the same structure.
@@ -215,7 +255,12 @@ class RedirectedExperts(nn.Module):
                 )
             if isinstance(projection, PackedProjection):
                 kept[name], rank = list(projection.kept_rows), projection.u_GoR.shape[2]
-        return LayerSpec(self.num_groups, self.expert_to_group.tolist(), CompressionSpec(rank, kept) if kept else None)
+        return LayerSpec(
+            self.num_groups,
+            self.expert_to_group.tolist(),
+            CompressionSpec(rank, kept) if kept else None,
+            novices=None if self.novices is None else self.novices.novices.spec,
+        )
 
     def weights(self) -> ExpertWeights:
         """Detached copies of the dense equivalent, G stacked."""
@@ -230,7 +275,7 @@ class RedirectedExperts(nn.Module):
 
     def forward(self, hidden_TD: Tensor, expert_TK: Tensor, weights_TK: Tensor) -> Tensor:
         shape, hidden_TD = hidden_TD.shape, hidden_TD.reshape(-1, hidden_TD.shape[-1])
-        tokens, groups = hidden_TD.shape[0], self.num_groups
+        tokens, groups = hidden_TD.shape[0], self.num_slots
         group_TK = torch.where(expert_TK < 0, groups, self.expert_to_group[expert_TK.clamp(min=0)])
         # Column G collects what is not computed.
         present_TG = torch.zeros(tokens, groups + 1, dtype=torch.bool, device=hidden_TD.device)
@@ -256,6 +301,8 @@ class RedirectedExperts(nn.Module):
         return output_TD
 
     def _expert(self, group: int, inputs_ND: Tensor) -> Tensor:
+        if self.novices is not None and group >= self.num_groups:
+            return self.novices(group - self.num_groups, inputs_ND)  # type: ignore[no-any-return]
         hidden_NF = self.activation({name: self.projection(name)(group, inputs_ND) for name in self.inputs})
         return self.projection(self.output)(group, self.dropout(hidden_NF))
 
@@ -306,7 +353,7 @@ class TopTwoRedirectedExperts(RedirectedExperts):
         self.masking = nn.Dropout(masking)
 
     def forward(self, hidden_TD: Tensor, _first_TE: Tensor, weights_TE: Tensor) -> Tensor:
-        empty_TG = weights_TE.new_zeros(hidden_TD.shape[0], self.num_groups)
+        empty_TG = weights_TE.new_zeros(hidden_TD.shape[0], self.num_slots)
         weight_TG = empty_TG.index_add(1, self.expert_to_group, weights_TE)
         present_TG = empty_TG.detach().index_add(1, self.expert_to_group, (weights_TE != 0).to(weights_TE.dtype)) > 0
         return self._combine(hidden_TD, present_TG, weight_TG)

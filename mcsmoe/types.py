@@ -206,6 +206,45 @@ class LowRankFactors:
 
 
 @dataclass(frozen=True)
+class NoviceSpec:
+    """How many novices a layer has, and of what rank; 0 for constant ones."""
+
+    count: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Novices:
+    """N stand-ins for dropped experts: for an input x each gives ``constant + u @ (v @ x)``, or its constant alone."""
+
+    constant_ND: Tensor
+    u_NDR: Tensor | None = None
+    v_NRD: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.u_NDR is None) != (self.v_NRD is None):
+            raise ValueError("a novice of low rank needs both of its factors")
+
+    @property
+    def spec(self) -> NoviceSpec:
+        """How many there are, and of what rank."""
+        return NoviceSpec(len(self.constant_ND), 0 if self.u_NDR is None else self.u_NDR.shape[2])
+
+    def select(self, chosen: Tensor) -> Novices:
+        """The novices of the given indices, in that order."""
+        if self.u_NDR is None or self.v_NRD is None:
+            return Novices(self.constant_ND[chosen])
+        return Novices(self.constant_ND[chosen], self.u_NDR[chosen], self.v_NRD[chosen])
+
+    def output(self, novice: int, inputs_TD: Tensor) -> Tensor:
+        """[T, D]: what one novice answers."""
+        constant_D = self.constant_ND[novice]
+        if self.u_NDR is None or self.v_NRD is None:
+            return constant_D.expand(len(inputs_TD), -1)
+        return constant_D + inputs_TD.to(constant_D) @ self.v_NRD[novice].T @ self.u_NDR[novice].T
+
+
+@dataclass(frozen=True)
 class CompressionSpec:
     """How the matrices of a layer are stored: rank, and per tensor name and group the number of residual rows kept."""
 
@@ -215,13 +254,17 @@ class CompressionSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The structure of a merged layer in a compact checkpoint: enough to build the empty run-time module."""
+    """The structure of a merged layer in a compact checkpoint: enough to build the empty run-time module.
+
+    ``expert_to_group`` is 0..G-1 for the groups of experts, and G..G+N-1 for novices where there are some.
+    """
 
     num_groups: int
     expert_to_group: list[int]
     compression: CompressionSpec | None = None
     num_experts: int | None = None  # rows of the router, where the configuration says another number
     merged: bool = True  # False: the experts are the family's own module, only fewer
+    novices: NoviceSpec | None = None
 
 
 def chosen_layers(layers: Sequence[LayerId], excluded: Sequence[LayerId]) -> list[LayerId]:

@@ -14,7 +14,16 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, LayerSpec, LowRankFactors, RoutedBatch, RouterWeights
+from mcsmoe.types import (
+    ExpertActivation,
+    ExpertWeights,
+    LayerId,
+    LayerSpec,
+    LowRankFactors,
+    Novices,
+    RoutedBatch,
+    RouterWeights,
+)
 
 
 @dataclass
@@ -85,6 +94,22 @@ class Adapter(ABC):
         expert_to_group: Tensor,
     ) -> None:
         """Install low-rank plus residual experts, residual dense and trainable; ``modules.pack`` makes it compact."""
+
+    def write_novices(
+        self, model: nn.Module, layer: LayerId, weights: ExpertWeights, expert_to_group: Tensor, novices: Novices
+    ) -> None:
+        """Install G experts and N novices; the router keeps its E outputs, ``expert_to_group`` sends each to 0..G+N-1.
+
+        Raises:
+            ValueError: the family has no place for novices, shapes or a table that do not fit; names the layer.
+        """
+        raise ValueError(
+            f"layer {layer!r}: experts of {self.name} have no novices; delete the dropped experts, or redirect them"
+        )
+
+    def read_novices(self, model: nn.Module, layer: LayerId) -> Novices | None:
+        """Detached copies of the layer's novices; None where there are none."""
+        return None
 
     @abstractmethod
     def install(self, model: nn.Module, layer: LayerId, spec: LayerSpec) -> None:

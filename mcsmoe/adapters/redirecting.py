@@ -19,13 +19,14 @@ from mcsmoe.adapters.base import Adapter, Capture
 from mcsmoe.adapters.dropping import NEVER, Place
 from mcsmoe.modules import (
     LowRankProjection,
+    NoviceBank,
     Projection,
     RedirectedExperts,
     check_redirect,
     dense_projections,
     empty_projections,
 )
-from mcsmoe.types import ExpertWeights, LayerId, LayerSpec, LowRankFactors, Role, RoutedBatch
+from mcsmoe.types import ExpertWeights, LayerId, LayerSpec, LowRankFactors, Novices, Role, RoutedBatch
 
 __all__ = ["IGNORED_LABEL", "NEVER", "ExpertShape", "Place", "RedirectingAdapter", "detached", "newest_positions"]
 IGNORED_LABEL = -100
@@ -111,7 +112,7 @@ class RedirectingAdapter(Adapter):
         if expert_to_group is None:
             self._write_values(model, layer, weights)
             return
-        check_redirect(layer, expert_to_group, self.num_experts(model, layer), weights.num_experts)
+        self._check_table(model, layer, expert_to_group, weights.num_experts)
         device, dtype = self._placement(model, layer)
         copies = weights.map(lambda _, tensor: tensor.detach().to(device=device, dtype=dtype, copy=True))
         self._replace(model, layer, dense_projections(copies), expert_to_group)
@@ -163,7 +164,7 @@ class RedirectingAdapter(Adapter):
         groups = {parts.residual_Goi.shape[0] for parts in factors.values()} | {t.shape[0] for t in biases.values()}
         if len(groups) != 1:
             raise ValueError(f"layer {layer!r}: {sorted(groups)} groups are stacked; all tensors need the same")
-        check_redirect(layer, expert_to_group, self.num_experts(model, layer), groups.pop())
+        self._check_table(model, layer, expert_to_group, groups.pop())
         device, dtype = self._placement(model, layer)
 
         def copy(tensor: Tensor) -> Tensor:
@@ -238,7 +239,8 @@ class RedirectingAdapter(Adapter):
         if not spec.merged:
             return
         table = torch.tensor(spec.expert_to_group, dtype=torch.int64, device="cpu")
-        check_redirect(layer, table, self.num_experts(model, layer), spec.num_groups)
+        slots = spec.num_groups + (0 if spec.novices is None else spec.novices.count)
+        check_redirect(layer, table, self.num_experts(model, layer), slots)
         shape = self._shape(model, layer)
         if spec.compression is not None and set(spec.compression.kept_rows) != set(shape.matrices):
             raise ValueError(
@@ -247,14 +249,59 @@ class RedirectingAdapter(Adapter):
             )
         device, dtype = self._placement(model, layer)
         projections = empty_projections(spec, shape.matrices, shape.biased, device=device, dtype=dtype)
-        self._replace(model, layer, projections, table)
+        bank = None
+        if spec.novices is not None:
+            width = next(shape.matrices[name][0] for name, role in shape.roles.items() if role is Role.OUTPUT)
+            bank = NoviceBank.empty(spec.novices, width, device, dtype)
+        self._replace(model, layer, projections, table, bank)
 
-    def _replace(self, model: nn.Module, layer: LayerId, projections: Mapping[str, Projection], table: Tensor) -> None:
+    def write_novices(
+        self, model: nn.Module, layer: LayerId, weights: ExpertWeights, expert_to_group: Tensor, novices: Novices
+    ) -> None:
+        self._check_shapes(model, layer, weights)
+        slots = weights.num_experts + novices.spec.count
+        check_redirect(layer, expert_to_group, self.num_experts(model, layer), slots)
+        device, dtype = self._placement(model, layer)
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device=device, dtype=dtype, copy=True)
+
+        factors = (None if factor is None else copy(factor) for factor in (novices.u_NDR, novices.v_NRD))
+        bank = NoviceBank(Novices(copy(novices.constant_ND), *factors))
+        copies = weights.map(lambda _, tensor: copy(tensor))
+        self._replace(model, layer, dense_projections(copies), expert_to_group, bank)
+
+    def read_novices(self, model: nn.Module, layer: LayerId) -> Novices | None:
+        experts = self._experts(model, layer)
+        if not isinstance(experts, RedirectedExperts) or experts.novices is None:
+            return None
+        held = experts.novices.novices
+        factors = (None if factor is None else factor.detach().clone() for factor in (held.u_NDR, held.v_NRD))
+        return Novices(held.constant_ND.detach().clone(), *factors)
+
+    def _check_table(self, model: nn.Module, layer: LayerId, table: Tensor, groups: int) -> None:
+        """Raise ValueError unless ``table`` sends every expert to one of ``groups`` or to a novice that is there."""
+        old = self._experts(model, layer)
+        refers = isinstance(old, RedirectedExperts) and old.novices is not None and int(table.max()) >= groups
+        slots = groups + (len(old.novices) if refers else 0)  # type: ignore[arg-type]
+        check_redirect(layer, table, self.num_experts(model, layer), slots)
+
+    def _replace(
+        self,
+        model: nn.Module,
+        layer: LayerId,
+        projections: Mapping[str, Projection],
+        table: Tensor,
+        novices: NoviceBank | None = None,
+    ) -> None:
         name, device = self._experts_name(model, layer), self._placement(model, layer)[0]
         old = self._experts(model, layer)
         # On meta the table still holds its numbers: they are structure, and nothing would fill them in later.
         table = table if device.type == "meta" else table.to(device)
         made = self._redirected(old, projections, self._shape(model, layer).roles, table)
+        # Novices that the table still names stay: experts may be written anew around them.
+        held = old.novices if isinstance(old, RedirectedExperts) and int(table.max()) >= made.num_groups else None
+        made.novices = held if novices is None else novices
         setattr(model.get_submodule(layer), name, made.train(old.training))
 
     def _placement(self, model: nn.Module, layer: LayerId) -> tuple[torch.device, torch.dtype]:

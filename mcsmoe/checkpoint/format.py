@@ -14,7 +14,7 @@ from typing import Any
 
 from mcsmoe.artefacts.digests import regular_file
 from mcsmoe.checkpoint.auto import MODEL_TYPE
-from mcsmoe.types import CompressionSpec, LayerId, LayerSpec
+from mcsmoe.types import CompressionSpec, LayerId, LayerSpec, NoviceSpec
 
 SECTION, FORMAT_VERSION = "mcsmoe", 1
 UNPLACED = "unplaced"
@@ -53,9 +53,12 @@ def is_compact(path: str | Path) -> bool:
 
 
 def _layer_json(spec: LayerSpec) -> dict[str, Any]:
-    compression = spec.compression
-    fewer = {} if spec.num_experts is None else {"num_experts": spec.num_experts, "merged": spec.merged}
-    return fewer | {
+    compression, novices = spec.compression, spec.novices
+    # Left out where there are none: a layer without them is described as it always was.
+    more: dict[str, Any] = {} if spec.num_experts is None else {"num_experts": spec.num_experts, "merged": spec.merged}
+    if novices is not None:
+        more["novices"] = {"count": novices.count, "rank": novices.rank}
+    return more | {
         "num_groups": spec.num_groups,
         "expert_to_group": list(spec.expert_to_group),
         "compression": None
@@ -153,12 +156,14 @@ def layer_specs(path: str | Path) -> dict[LayerId, LayerSpec]:
         try:
             kept = entry["compression"]
             compression = None if kept is None else CompressionSpec(int(kept["rank"]), dict(kept["kept_rows"]))
+            found = entry.get("novices")
             fewer = {"num_experts": int(entry["num_experts"])} if "num_experts" in entry else {}
             spec = LayerSpec(
                 int(entry["num_groups"]),
                 list(entry["expert_to_group"]),
                 compression,
                 merged=bool(entry.get("merged", True)),
+                novices=None if found is None else NoviceSpec(int(found["count"]), int(found["rank"])),
                 **fewer,
             )
             _check_spec(spec)

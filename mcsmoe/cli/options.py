@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mcsmoe.calibration.layer_major import Options
@@ -41,6 +41,25 @@ def add_statistics(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--save-statistics", type=Path, metavar="FILE", help="keep the statistics for other runs")
     group.add_argument("--reservoir", type=int, default=64, help="tokens kept per expert, where they are compared")
     add_pass(parser)
+
+
+def add_domains(parser: argparse.ArgumentParser) -> None:
+    """The text to calibrate on, domain by domain, or statistics that were collected before."""
+    from mcsmoe.cli._domains import domain_file
+
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calibration",
+        type=domain_file,
+        action="append",
+        metavar="[DOMAIN=]FILE[:WEIGHT]",
+        help="text (.txt, .jsonl, .parquet), once for each domain; a weight is the domain's share of the tokens",
+    )
+    group.add_argument("--samples", type=int, default=256, help="rows drawn in all, shared by weight")
+    group.add_argument("--batch-size", type=int, default=32, help="rows per forward pass")
+    group.add_argument("--max-tokens", type=int, default=256, help="tokens of a row, per side")
+    group.add_argument("--statistics", type=Path, metavar="DIR", help="what mcsmoe collect wrote, instead")
+    group.add_argument("--reservoir", type=int, default=64, help="tokens kept per expert, where they are compared")
 
 
 def add_pass(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +101,31 @@ def pass_options(arguments: argparse.Namespace) -> Options:
     cache = getattr(arguments, "cache_memory", 2 * 10**9)
     reservoir, seed = getattr(arguments, "reservoir", 64), getattr(arguments, "seed", 0)
     return Options(device.pick(getattr(arguments, "device", "cpu")), cache, reservoir, seed)
+
+
+def add_number(parser: argparse.ArgumentParser) -> None:
+    """How many experts are kept."""
+    parser.add_argument("--experts", type=int, help="experts to keep per layer, on average")
+    parser.add_argument("--remove", type=float, metavar="SHARE", help="share of the experts to leave out, in its place")
+
+
+def add_refit(group: argparse._ActionsContainer) -> None:
+    """Whether and how output projections are solved for afterwards."""
+    group.add_argument("--refit", action="store_true", help="solve for the output projections of what is left")
+    group.add_argument(
+        "--ridge", type=float, default=0.01, help="of the refit, over the mean diagonal of an expert's Gram matrix"
+    )
+
+
+def refitting(arguments: argparse.Namespace) -> Any:
+    """The refit that was asked for, or None."""
+    from mcsmoe.transform.refit import Refitting
+
+    if not arguments.ridge > 0:
+        raise ValueError(f"--ridge is {arguments.ridge}; give a number above 0")
+    if arguments.refit and arguments.calibration is None:
+        raise ValueError("--refit solves on tokens: give --calibration FILE, not --statistics alone")
+    return Refitting(arguments.ridge) if arguments.refit else None
 
 
 def add_excluded(parser: argparse._ActionsContainer) -> None:

@@ -46,6 +46,12 @@ def dense(source: Streamed, out: str | Path) -> None:
 
 def _stock_model(source: Streamed, experts: int | None) -> Any:
     """The base architecture on the meta device, with ``experts`` a layer, or as many as it has."""
+    for layer in source.layers:
+        if source.adapter.read_novices(source.model, layer) is not None:
+            raise ValueError(
+                f"{source.folder}: layer {layer!r} has novices, which the base architecture has no place for; "
+                "export --form exact, or prune with --dropped delete"
+            )
     config = copy.deepcopy(source.model.config)
     if experts is not None:
         _set_experts(source, config, experts)

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from mcsmoe.adapters.base import Adapter
-from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, LowRankFactors, RouterWeights
+from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, LowRankFactors, Novices, RouterWeights
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,14 @@ class SparseLayer:
     def drop_experts(self, weights: ExpertWeights, expert_to_group: Tensor, dropped_E: Tensor) -> None:
         """Install the experts that stay, so that the router never chooses one marked in ``dropped_E`` (bool [E])."""
         self.adapter.drop_experts(self.model, self.id, weights, expert_to_group, dropped_E)
+
+    def write_novices(self, weights: ExpertWeights, table: Tensor, novices: Novices) -> None:
+        """Install G experts and N novices; ``table`` sends each of the router's outputs to 0..G+N-1."""
+        self.adapter.write_novices(self.model, self.id, weights, table, novices)
+
+    def read_novices(self) -> Novices | None:
+        """Copies of the novices; None where there are none."""
+        return self.adapter.read_novices(self.model, self.id)
 
 
 class Layers(Protocol):

@@ -11,7 +11,7 @@ from mcsmoe.calibration.evidence import Evidence
 from mcsmoe.console import progress
 from mcsmoe.grouping import from_labels
 from mcsmoe.merge import METHODS
-from mcsmoe.merge.base import MergeInputs
+from mcsmoe.merge.base import Merged, MergeInputs
 from mcsmoe.methods import MERGES, require_known
 from mcsmoe.transform.align import TO_LEADER, Aligner, AlignmentSettings, align_layer
 from mcsmoe.transform.layers import Layers, SparseLayer
@@ -108,6 +108,15 @@ def merge_layers(
 
 def merge_layer(layer: SparseLayer, grouping: Grouping, settings: MergeSettings, evidence: Evidence) -> None:
     """Merge the experts of one layer in place, aligned to the leaders of their groups first where that is asked for."""
+    merged = merge_experts(layer, grouping, settings, evidence)
+    if merged.dropped_E is None:
+        layer.write_experts(merged.weights, merged.expert_to_group)
+    else:
+        layer.drop_experts(merged.weights, merged.expert_to_group, merged.dropped_E)
+
+
+def merge_experts(layer: SparseLayer, grouping: Grouping, settings: MergeSettings, evidence: Evidence) -> Merged:
+    """What ``merge_layer`` would install; the layer is only read."""
     weights, statistics, needs = layer.read_experts(), evidence.layer(layer.id), MERGES[settings.merge].needs
     evidence.check_against(layer.id, weights)
     fisher = evidence.per_weight("fisher", layer.id, weights) if "fisher" in needs else None
@@ -117,7 +126,7 @@ def merge_layer(layer: SparseLayer, grouping: Grouping, settings: MergeSettings,
         found = align_layer(weights, reference_E, how, statistics, layer.activation, settings.threads, layer.id)
         weights = apply_permutation(weights, found.permutation_EF, layer.id)
         fisher = None if fisher is None else apply_permutation(fisher, found.permutation_EF, layer.id)
-    merged = METHODS[settings.merge](
+    return METHODS[settings.merge](
         MergeInputs(
             layer=layer.id,
             weights=weights,
@@ -135,7 +144,3 @@ def merge_layer(layer: SparseLayer, grouping: Grouping, settings: MergeSettings,
             workers=settings.threads,
         )
     )
-    if merged.dropped_E is None:
-        layer.write_experts(merged.weights, merged.expert_to_group)
-    else:
-        layer.drop_experts(merged.weights, merged.expert_to_group, merged.dropped_E)

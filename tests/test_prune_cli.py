@@ -1,0 +1,147 @@
+"""``mcsmoe prune``: what is written is the model with fewer experts, and what is refused is refused at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor, nn
+
+import mcsmoe
+from mcsmoe.adapters.registry import adapter_for
+from mcsmoe.artefacts.tables import read_table
+from mcsmoe.cli import main as cli
+
+
+def run(*words: object) -> None:
+    cli.main([str(word) for word in words])
+
+
+def refused(caplog: pytest.LogCaptureFixture, *words: object) -> str:
+    caplog.clear()
+    with pytest.raises(SystemExit) as stopped:
+        run(*words)
+    assert stopped.value.code == 1
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = torch.Generator().manual_seed(5)
+    rows = [{"input_ids": torch.randint(2, 96, (9 + row % 5,), generator=generator).tolist()} for row in range(40)]
+    file = tmp_path_factory.mktemp("text") / "tokens.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    mcsmoe.save(tiny_models.model("qwen3_moe"), tmp_path / "full")
+    return tmp_path / "full"
+
+
+def logits(path: Path, inputs: dict[str, Tensor]) -> Tensor:
+    model: Any = mcsmoe.load(path)
+    with torch.no_grad():
+        found: Tensor = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    return found
+
+
+def by_hand(path: Path, kept: dict[str, list[int]]) -> nn.Module:
+    """The model with rows of routers and experts left out, by plain indexing of its state."""
+    import transformers
+
+    whole: Any = mcsmoe.load(path)
+    config = type(whole.config).from_dict(whole.config.to_dict())
+    config.num_experts = len(next(iter(kept.values())))
+    small = transformers.Qwen3MoeForCausalLM(config).eval()
+    state = whole.state_dict()
+    for layer, experts in kept.items():
+        for name in list(state):
+            if name.startswith(f"{layer}."):
+                state[name] = state[name][experts]
+    small.load_state_dict(state)
+    return small
+
+
+def test_deleted_experts_are_gone_from_a_stock_checkpoint(full: Path, text: Path, tmp_path: Path) -> None:
+    run("prune", full, "--experts", 4, "--criterion", "gram", "--calibration", text, "--out", tmp_path / "pruned")
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert config["model_type"] == "qwen3_moe"
+    assert mcsmoe.load(tmp_path / "pruned").config.num_experts == 4
+    listed = json.loads((tmp_path / "pruned" / "experts.json").read_text())["layers"]
+    assert {one["experts"] for one in listed.values()} == {6}
+    kept = {layer: one["kept"] for layer, one in listed.items()}
+    assert all(experts == sorted(experts) and len(experts) == 4 for experts in kept.values())
+    inputs = tiny_models.batch()
+    small: Any = by_hand(full, kept)
+    with torch.no_grad():
+        wanted = small(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    assert torch.allclose(logits(tmp_path / "pruned", inputs), wanted, atol=1e-6)
+    groups = read_table(tmp_path / "pruned" / "groups.parquet", "groups")
+    for layer, rows in groups.groupby("layer"):
+        assert rows[rows["weight"] == 1]["expert"].tolist() == kept[str(layer)]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("dropped", ["delete", "redirect", "constant", "affine"])
+@pytest.mark.parametrize("refit", [False, True])
+def test_everything_composes(family: str, dropped: str, refit: bool, text: Path, tmp_path: Path) -> None:
+    sets = {"n_group": 2, "topk_group": 2, "num_experts_per_tok": 2} if family == "deepseek_v3" else {}
+    model = tiny_models.model(family, **sets)
+    mcsmoe.save(model, tmp_path / "full")
+    experts = {layer: adapter_for(model).num_experts(model, layer) for layer in adapter_for(model).layers(model)}
+    words = ["--dropped", dropped, "--rank", 4, "--calibration", text, *(["--refit"] if refit else [])]
+    run("prune", tmp_path / "full", "--experts", 4, "--criterion", "mass", *words, "--out", tmp_path / "out")
+    inputs = tiny_models.batch()
+    found = logits(tmp_path / "out", inputs)
+    assert bool(torch.isfinite(found).all())
+    assert not torch.allclose(found, logits(tmp_path / "full", inputs), atol=1e-3)
+    made = mcsmoe.load(tmp_path / "out")
+    adapter = adapter_for(made)
+    for layer in adapter.layers(made):
+        assert adapter.read_experts(made, layer).num_experts == 4
+        assert (adapter.read_novices(made, layer) is not None) == (dropped in ("constant", "affine"))
+        assert adapter.num_experts(made, layer) == (4 if dropped == "delete" else experts[layer])
+
+
+def test_keeping_all_changes_nothing(full: Path, text: Path, tmp_path: Path) -> None:
+    run("prune", full, "--remove", 0, "--calibration", text, "--refit", "--out", tmp_path / "same")
+    inputs = tiny_models.batch()
+    assert torch.equal(logits(tmp_path / "same", inputs), logits(full, inputs))
+
+
+def test_the_refit_brings_the_outputs_nearer(full: Path, text: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line)["input_ids"] for line in text.read_text().splitlines()]
+    inputs = {"input_ids": torch.tensor([row[:9] for row in rows])}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    wanted, errors = logits(full, inputs), []
+    for name, more in (("plain", []), ("refit", ["--refit"])):
+        run("prune", full, "--experts", 4, "--calibration", text, *more, "--out", tmp_path / name)
+        errors.append(float((logits(tmp_path / name, inputs) - wanted).square().mean()))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_what_cannot_be_is_refused_before_any_work(
+    full: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = ("--calibration", text, "--out", tmp_path / "out")
+    assert "give either --experts" in refused(caplog, "prune", full, *out)
+    assert "give either --experts" in refused(caplog, "prune", full, "--experts", 3, "--remove", 0.5, *out)
+    assert "--remove is 1.0; give a share" in refused(caplog, "prune", full, "--remove", 1, *out)
+    assert "--experts is 7; layer 'model.layers.0.mlp' has 6, give 1 to 6" in refused(
+        caplog, "prune", full, "--experts", 7, *out
+    )
+    assert "the rank of a novice is 0" in refused(caplog, "prune", full, "--experts", 3, "--rank", 0, *out)
+    assert "--ridge is 0.0" in refused(caplog, "prune", full, "--experts", 3, "--refit", "--ridge", 0, *out)
+    assert "give --calibration FILE" in refused(caplog, "prune", full, "--experts", 3, "--out", tmp_path / "out")
+    assert "--refit solves on tokens" in refused(
+        caplog, "prune", full, "--experts", 3, "--refit", "--statistics", text, "--out", tmp_path / "out"
+    )
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,175 @@
+"""The refit against numpy's least squares, and what it promises."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mcsmoe.refit.ridge import Block, RefitBatch, refit, squared_error
+
+D, P, B, T = 6, 5, 4, 300
+
+
+def case(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[list[Block], list[RefitBatch], Tensor, Tensor]:
+    """Blocks with random features, two batches of tokens that choose two blocks each, and what they are made of."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    maps = [draw(P, D) for _ in range(B)]
+    blocks = [Block(lambda x_ND, m=m: torch.tanh(x_ND @ m.T), draw(D, P)) for m in maps]  # type: ignore
+    inputs_TD, target_TD = draw(T, D), draw(T, D)
+    block_TK = torch.rand(T, B, generator=generator).argsort(dim=1)[:, :2]
+    gate_TK = torch.rand(T, 2, generator=generator, dtype=torch.float64).to(dtype)
+    batches = [
+        RefitBatch.of(inputs_TD[part], target_TD[part], block_TK[part], gate_TK[part], B)
+        for part in (slice(0, 170), slice(170, T))
+    ]
+    return blocks, batches, block_TK, gate_TK
+
+
+def design(blocks: list[Block], batches: list[RefitBatch]) -> tuple[np.ndarray, np.ndarray]:
+    """[T, B x P] gated features, and [T, D] targets."""
+    rows, targets = [], []
+    for batch in batches:
+        row = torch.zeros(len(batch.inputs_TD), B * P, dtype=torch.float64)
+        for index, block in enumerate(blocks):
+            token_N, gate_N = batch.of_block(index)
+            features_NP = block.features(batch.inputs_TD[token_N]).double()
+            row[token_N, index * P : (index + 1) * P] = features_NP * gate_N[:, None].double()
+        rows.append(row)
+        targets.append(batch.target_TD.double())
+    return torch.cat(rows).numpy(), torch.cat(targets).numpy()
+
+
+def by_lstsq(blocks: list[Block], batches: list[RefitBatch], ridge: float) -> list[np.ndarray]:
+    """The joint ridge solution: rows sqrt(mu) are added to the design, with the projections there were as their targets."""
+    matrix, target = design(blocks, batches)
+    start = np.concatenate([block.weight_DP.double().numpy().T for block in blocks])
+    mu = np.concatenate(
+        [np.full(P, ridge * (matrix[:, i * P : (i + 1) * P] ** 2).sum(axis=0).mean()) for i in range(len(blocks))]
+    )
+    whole = np.concatenate([matrix, np.diag(np.sqrt(mu))])
+    wanted = np.concatenate([target, np.sqrt(mu)[:, None] * start])
+    solved = np.linalg.lstsq(whole, wanted, rcond=None)[0]
+    return [solved[i * P : (i + 1) * P].T for i in range(len(blocks))]
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.1])
+def test_many_sweeps_reach_the_joint_least_squares(ridge: float) -> None:
+    blocks, batches, *_ = case()
+    found = refit(blocks, batches, ridge, sweeps=200)
+    for weight_DP, wanted in zip(found.weights, by_lstsq(blocks, batches, ridge), strict=True):
+        np.testing.assert_allclose(weight_DP.numpy(), wanted, rtol=1e-8, atol=1e-9)
+
+
+def test_one_block_is_solved_in_one_sweep() -> None:
+    blocks, batches, *_ = case()
+    alone = [
+        RefitBatch.of(
+            batch.inputs_TD,
+            batch.target_TD,
+            torch.zeros(len(batch.inputs_TD), 1).long(),
+            torch.full((len(batch.inputs_TD), 1), 0.7, dtype=torch.float64),
+            1,
+        )
+        for batch in batches
+    ]
+    found = refit(blocks[:1], alone, 0.05, sweeps=1)
+    inputs = torch.cat([batch.inputs_TD for batch in batches])
+    matrix = (0.7 * blocks[0].features(inputs)).numpy()
+    mu = 0.05 * (matrix**2).sum(axis=0).mean()
+    start = blocks[0].weight_DP.numpy()
+    target = torch.cat([batch.target_TD for batch in batches]).numpy()
+    whole = np.concatenate([matrix, np.sqrt(mu) * np.eye(P)])
+    wanted = np.linalg.lstsq(whole, np.concatenate([target, np.sqrt(mu) * start.T]), rcond=None)[0].T
+    np.testing.assert_allclose(found.weights[0].numpy(), wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_error_never_rises(seed: int, dtype: torch.dtype) -> None:
+    blocks, batches, *_ = case(seed, dtype)
+    errors = [refit(blocks, batches, 0.1, sweeps) for sweeps in (1, 2, 3)]
+    assert errors[0].before >= errors[0].after
+    start = squared_error(blocks, batches, [block.weight_DP for block in blocks])
+    assert errors[0].before == pytest.approx(start, rel=1e-5)
+    for found in errors:
+        assert squared_error(blocks, batches, found.weights) == pytest.approx(found.after, rel=1e-4)
+        assert found.after <= found.before
+    assert all(weight_DP.dtype == dtype for weight_DP in errors[0].weights)
+
+
+def test_where_nothing_can_be_won_everything_stays() -> None:
+    blocks, batches, *_ = case(2)
+    matrix, _ = design(blocks, batches)
+    start = np.concatenate([block.weight_DP.numpy().T for block in blocks])
+    given = torch.from_numpy(matrix @ start)
+    exact, place = [], 0
+    for batch in batches:
+        target = given[place : place + len(batch.inputs_TD)]
+        place += len(batch.inputs_TD)
+        exact.append(RefitBatch(batch.inputs_TD, target, batch.token_N, batch.gate_N, batch.count_B))
+    found = refit(blocks, exact)
+    assert found.after <= found.before < 1e-20
+    for weight_DP, block in zip(found.weights, blocks, strict=True):
+        assert torch.allclose(weight_DP, block.weight_DP, atol=1e-9)
+
+
+def test_batches_are_one_stream() -> None:
+    blocks, batches, block_TK, gate_TK = case()
+    whole = RefitBatch.of(
+        torch.cat([b.inputs_TD for b in batches]), torch.cat([b.target_TD for b in batches]), block_TK, gate_TK, B
+    )
+    one, two = refit(blocks, batches), refit(blocks, [whole])
+    for first, second in zip(one.weights, two.weights, strict=True):
+        assert torch.allclose(first, second, atol=1e-10)
+
+
+def test_a_block_chosen_twice_has_the_sum_of_its_gates() -> None:
+    inputs_TD = torch.randn(3, D)
+    made = RefitBatch.of(inputs_TD, inputs_TD, torch.tensor([[1, 1], [0, 1], [-1, 0]]), torch.ones(3, 2) * 0.5, 2)
+    assert made.count_B.tolist() == [2, 2]
+    assert [part.tolist() for part in made.of_block(1)] == [[0, 1], [1.0, 0.5]]
+    assert [part.tolist() for part in made.of_block(0)] == [[1, 2], [0.5, 0.5]]
+
+
+def test_a_block_without_tokens_keeps_its_projection() -> None:
+    blocks, batches, block_TK, gate_TK = case()
+    emptied = [
+        RefitBatch.of(batch.inputs_TD, batch.target_TD, torch.where(part_TK == 3, -1, part_TK), gates, B)
+        for batch, part_TK, gates in zip(batches, block_TK.split([170, 130]), gate_TK.split([170, 130]), strict=True)
+    ]
+    found = refit(blocks, emptied)
+    assert torch.equal(found.weights[3], blocks[3].weight_DP)
+    assert not torch.equal(found.weights[0], blocks[0].weight_DP)
+
+
+def test_a_fixed_part_is_left_out_of_what_is_solved() -> None:
+    blocks, batches, *_ = case()
+    shifted = [Block(b.features, b.weight_DP, lambda x_ND: torch.ones_like(x_ND)) for b in blocks]
+    gates = [torch.zeros(len(b.inputs_TD), dtype=torch.float64) for b in batches]
+    moved = []
+    for batch, gate_T in zip(batches, gates, strict=True):
+        gate_T.index_add_(0, batch.token_N, batch.gate_N)
+        moved.append(
+            RefitBatch(batch.inputs_TD, batch.target_TD + gate_T[:, None], batch.token_N, batch.gate_N, batch.count_B)
+        )
+    one, two = refit(blocks, batches), refit(shifted, moved)
+    assert two.before == pytest.approx(one.before)
+    for first, second in zip(one.weights, two.weights, strict=True):
+        assert torch.allclose(first, second, atol=1e-9)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    blocks, batches, *_ = case()
+    with pytest.raises(ValueError, match="layer 'x': the ridge is 0"):
+        refit(blocks, batches, 0.0, layer="x")
+    with pytest.raises(ValueError, match="0 sweeps; give at least 1"):
+        refit(blocks, batches, sweeps=0)
+    batches[0].target_TD[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer 'x': outputs on the calibration tokens are not finite"):
+        refit(blocks, batches, layer="x")
