@@ -180,8 +180,13 @@ def _check_spec(spec: LayerSpec) -> None:
     experts = len(spec.expert_to_group)
     if not 1 <= spec.num_groups <= experts:
         raise ValueError(f"{spec.num_groups} groups for {experts} experts")
-    if any(type(group) is not int or not 0 <= group < spec.num_groups for group in spec.expert_to_group):
-        raise ValueError(f"expert_to_group names other groups than 0 to {spec.num_groups - 1}")
+    slots = spec.num_groups
+    if spec.novices is not None:
+        if not 1 <= spec.novices.count <= experts or spec.novices.rank < 0:
+            raise ValueError(f"{spec.novices.count} novices of rank {spec.novices.rank} for {experts} experts")
+        slots += spec.novices.count
+    if any(type(group) is not int or not 0 <= group < slots for group in spec.expert_to_group):
+        raise ValueError(f"expert_to_group names other groups than 0 to {slots - 1}")
     if spec.compression is None:
         return
     for name, rows in spec.compression.kept_rows.items():
