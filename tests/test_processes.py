@@ -280,7 +280,7 @@ def everything(made: Place) -> None:
         run("compress", *made.training(f"compressed{processes}", "full1/model", **compression))
         files = f"--table routing{processes}.parquet --statistics routing{processes}.safetensors"
         # Three batches: the second process has none in the last round.
-        settings = "--samples 40 --batch-size 16 --reservoir 8 --saliency --whiten --device cpu"
+        settings = "--samples 40 --batch-size 16 --reservoir 8 --whiten --device cpu"
         words = f"--model full1/model --train train.parquet {files} {settings} {' '.join(limits)}"
         run("collect_routing", *words.split())
 

@@ -22,7 +22,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--table", type=Path, required=True, help="written: one row per layer and expert")
     parser.add_argument("--statistics", type=Path, required=True, help="written: sufficient statistics")
-    parser.add_argument("--saliency", action="store_true", help="also collect what pruning by saliency (REAP) needs")
     parser.add_argument("--whiten", action="store_true", help="also keep what activation-aware decomposition needs")
     options.add_tokens(parser)
     options.add_section(parser, "data", only=("max_input", "max_label"))
@@ -66,7 +65,6 @@ def main(arguments: argparse.Namespace) -> None:
     statistics = collect_routing(
         *(model, adapter_for(model), batches, len(batches)),
         RoutingStatistics(reservoir=arguments.reservoir, whiten=arguments.whiten, seed=arguments.seed),
-        saliency=arguments.saliency,
     )
     if processes.is_main():
         write_table(arguments.table, routing_frame(statistics), "routing")

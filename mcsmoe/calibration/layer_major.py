@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree
 
 from mcsmoe.calibration.observe import Observation, observing
+from mcsmoe.calibration.passes import routing_inputs
 from mcsmoe.calibration.replay import Replay, stacks_of
 from mcsmoe.calibration.residency import Residency
 from mcsmoe.calibration.states import States
+from mcsmoe.calibration.streams import stream_square
 from mcsmoe.calibration.tokens import LayerTokens, StoredTokens
 from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.statistics.halves import Halves
@@ -117,7 +117,8 @@ class LayerMajor:
 
     def inputs(self, number: int) -> Batch:
         """Arguments of the model for batch ``number``, on the device."""
-        return {name: tensor.to(self.options.device) for name, tensor in self.batches[number].inputs.items()}
+        given = routing_inputs(self.source.model, self.batches[number].inputs)
+        return {name: tensor.to(self.options.device) for name, tensor in given.items()}
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -238,14 +239,3 @@ class _Collected:
     def by_domain(self) -> dict[str, LayerStatistics]:
         """Statistics by domain."""
         return {domain: statistics.layers[self.layer] for domain, statistics in self.domains.items()}
-
-
-def stream_square(output: Any, inputs_TD: Tensor) -> Tensor | None:
-    """Float64 [T]: squared norm of the residual stream that a block returned; None if it is not among its outputs."""
-    tokens, width = inputs_TD.shape
-    for leaf in _pytree.tree_leaves(output):
-        if not isinstance(leaf, Tensor) or leaf.shape[-1:] != (width,) or leaf.numel() != tokens * width:
-            continue
-        norm_T = torch.linalg.vector_norm(leaf.reshape(tokens, width), dim=1, dtype=torch.float32)
-        return norm_T.double().square()
-    return None

@@ -3,7 +3,8 @@
 The experts module of the layer goes on computing what it always did. Experts that are modules of their own, and the
 run-time experts after merging, are listened to. Experts that are stacked in one tensor are computed here with the
 family's own matrices, biases and gate, since the library's products of all experts at once show no single output; the
-sum over a token's experts is taken as the library takes it.
+sum over a token's experts is taken as the library takes it. Where a family scales what experts read and not what they
+give, that output counts with weight 1.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mcsmoe.adapters.fused_layout import Layout, is_stacked_experts
-from mcsmoe.modules import RedirectedExperts
+from mcsmoe.adapters.fused_layout import FamilyActivation, Layout, is_stacked_experts, scales_inputs
+from mcsmoe.modules import RedirectedExperts, ScaledInputRedirectedExperts
 from mcsmoe.statistics.outputs import ChosenOutputs
 from mcsmoe.types import LayerId, RoutedBatch
 
@@ -31,11 +32,13 @@ class Observation:
     def __init__(self, layer: LayerId, num_experts: int, scale: float, table_E: Tensor | None) -> None:
         self.layer, self.num_experts, self.scale, self.table_E = layer, num_experts, scale, table_E
         self.whole_TKD: Tensor | None = None
+        self.all_ETD: Tensor | None = None
         self.parts: dict[int, Tensor] = {}
 
     def clear(self) -> None:
         """Forget the last pass."""
-        self.whole_TKD, self.parts = None, {}
+        self.whole_TKD = self.all_ETD = None
+        self.parts = {}
 
     def take(self, batch: RoutedBatch) -> ChosenOutputs:
         """The outputs that belong to ``batch``; they are forgotten here.
@@ -44,8 +47,12 @@ class Observation:
             ValueError: experts computed other tokens than the router sent them; names the layer.
         """
         weights_TK = batch.weights_TK * self.scale if self.scale != 1 else batch.weights_TK
-        whole_TKD, parts = self.whole_TKD, self.parts
+        whole_TKD, all_ETD, parts = self.whole_TKD, self.all_ETD, self.parts
         self.clear()
+        if all_ETD is not None:
+            # The weight is in what these experts read, so their outputs are summed as they are.
+            token_T1 = torch.arange(all_ETD.shape[1], device=all_ETD.device)[:, None]
+            return ChosenOutputs(all_ETD[batch.chosen_TK.clamp(min=0), token_T1], torch.ones_like(weights_TK))
         if whole_TKD is None:
             whole_TKD = self._assembled(parts, batch)
         return ChosenOutputs(whole_TKD, weights_TK, self.scale)
@@ -85,6 +92,12 @@ def experts_of(layer: nn.Module) -> nn.Module | None:
     return None
 
 
+def _number_of(experts: Any) -> int:
+    if isinstance(experts, RedirectedExperts):
+        return experts.expert_to_group.shape[0]
+    return Layout.of(experts).dimensions(experts)[0]
+
+
 @contextmanager
 def observing(layer: LayerId, block: nn.Module) -> Iterator[Observation]:
     """Observe the experts of the sparse layer ``block`` during forward passes inside the context.
@@ -96,13 +109,20 @@ def observing(layer: LayerId, block: nn.Module) -> Iterator[Observation]:
     if experts is None:
         raise ValueError(f"layer {layer!r}: no experts were found in it whose outputs could be seen")
     with ExitStack() as stack:
-        if isinstance(experts, RedirectedExperts):
+        if isinstance(experts, ScaledInputRedirectedExperts) or scales_inputs(experts):
+            made = Observation(layer, _number_of(experts), 1.0, None)
+
+            def all_seen(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+                made.all_ETD = output.detach().reshape(made.num_experts, -1, output.shape[-1])
+
+            stack.callback(experts.register_forward_hook(all_seen).remove)
+        elif isinstance(experts, RedirectedExperts):
             masking = getattr(experts, "masking", None)
             table_E = experts.expert_to_group
             made = Observation(layer, table_E.shape[0], 1 - masking.p if masking is not None else 1.0, table_E)
             stack.enter_context(_replaced(experts, "_expert", _listening(experts, made)))
         elif is_stacked_experts(experts):
-            made = Observation(layer, getattr(experts, Layout.of(experts).first).shape[0], 1.0, None)
+            made = Observation(layer, _number_of(experts), 1.0, None)
             stack.enter_context(_replaced(experts, "forward", _stacked(experts, made)))
         else:
             members = [
@@ -142,35 +162,36 @@ def _listening(experts: RedirectedExperts, made: Observation) -> Callable[[int, 
     return expert
 
 
-def _stacked(experts: Any, made: Observation) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    layout = Layout.of(experts)
-    first, down = getattr(experts, layout.first), experts.down_proj
-    first_bias = getattr(experts, f"{layout.first}_bias") if layout.biased else None
-    down_bias = experts.down_proj_bias if layout.biased else None
-    gate = experts._apply_gate if layout.gated else experts.act_fn
+def _stacked(experts: Any, made: Observation) -> Callable[..., Tensor]:
+    layout, activation = Layout.of(experts), FamilyActivation(experts)
+    names = layout.shape(experts).matrices
+    *inputs, output = names
 
-    def linear(inputs_Ni: Tensor, stacked: Tensor, bias: Tensor | None, expert: int) -> Tensor:
-        matrix = stacked[expert].t() if layout.transposed else stacked[expert]
-        return functional.linear(inputs_Ni, matrix, None if bias is None else bias[expert])
+    def forward(hidden: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        hidden_TD = hidden.reshape(-1, hidden.shape[-1])
+        views = layout.views(experts)
 
-    def forward(hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        def linear(name: str, expert: int, rows_Ni: Tensor) -> Tensor:
+            bias = views.get(f"{name}_bias")
+            return functional.linear(rows_Ni, views[name][expert], None if bias is None else bias[expert])
+
         tokens, choices = index_TK.shape
         order_N = torch.argsort(index_TK.flatten(), stable=True)
-        counts = torch.bincount(index_TK.flatten(), minlength=first.shape[0]).tolist()
+        counts = torch.bincount(index_TK.flatten(), minlength=made.num_experts).tolist()
         outputs_ND = hidden_TD.new_empty(tokens * choices, hidden_TD.shape[1])
         start = 0
         for expert, count in enumerate(counts):
             if count:
                 place_N = order_N[start : start + count]
                 inputs_ND = hidden_TD[place_N.div(choices, rounding_mode="floor")]
-                inner_NF = gate(linear(inputs_ND, first, first_bias, expert))
-                outputs_ND.index_copy_(0, place_N, linear(inner_NF, down, down_bias, expert))
+                inner_NF = activation({name: linear(name, expert, inputs_ND) for name in inputs})
+                outputs_ND.index_copy_(0, place_N, linear(output, expert, inner_NF))
                 start += count
-        made.whole_TKD = outputs_ND.view(tokens, choices, -1).detach()
+        made.whole_TKD = outputs_TKD = outputs_ND.view(tokens, choices, -1)
         result_TD = torch.empty_like(hidden_TD)
         for begin in range(0, tokens, _COMBINED):
             part = slice(begin, begin + _COMBINED)
-            result_TD[part] = (made.whole_TKD[part] * weights_TK[part, :, None]).sum(dim=1)
-        return result_TD
+            result_TD[part] = (outputs_TKD[part] * weights_TK[part, :, None]).sum(dim=1)
+        return result_TD.view(hidden.shape)
 
     return forward

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mcsmoe.adapters.base import Adapter
+from mcsmoe.calibration.observe import observing
+from mcsmoe.calibration.streams import streams_after
 from mcsmoe.console import progress
 from mcsmoe.statistics.routing import RoutingStatistics
 from mcsmoe.train import processes
@@ -56,11 +58,11 @@ def collect_routing(
     batches: Iterable[Batch],
     total: int,
     statistics: RoutingStatistics,
-    saliency: bool = False,
 ) -> RoutingStatistics:
-    """Add what every sparse layer routes on ``batches`` to ``statistics``; padding never counts.
+    """Add what every sparse layer routes on ``batches``, and what its experts give, to ``statistics``; padding never counts.
 
-    With ``saliency`` also that of the experts (REAP), which computes every token's expert a second time.
+    The model is in memory as a whole, and batches may be spread over processes, so they go through it one after another;
+    what is taken of each layer is what the layer-major pass takes (``mcsmoe/calibration/layer_major.py``).
 
     Several processes (``processes.start``) take batches in turn and give the same ``batches``; the main process returns the
     statistics of all, with the counts and the sampled tokens of one process exactly, and its sums to float64 rounding.
@@ -69,13 +71,13 @@ def collect_routing(
     device = next(model.parameters()).device
     model.eval()
     layers = adapter.layers(model)
-    seen: dict[str, Any] = {}
-    if saliency:
-        seen["experts"] = {layer: adapter.read_experts(model, layer) for layer in layers}
-        seen["activations"] = {layer: adapter.activation(model, layer) for layer in layers}
     rank, world = processes.rank(), processes.count()
     rounds = progress(_rounds(batches, world), "routing statistics", total=-(-total // world))
-    with adapter.capture(model) as captured, padding_known(model):
+    with ExitStack() as stack:
+        captured = stack.enter_context(adapter.capture(model))
+        stack.enter_context(padding_known(model))
+        seen = {layer: stack.enter_context(observing(layer, model.get_submodule(layer))) for layer in layers}
+        streams = stack.enter_context(streams_after(model, layers))
         for batches_of_round in rounds:
             mine = batches_of_round[rank : rank + 1]
             for batch in mine:
@@ -87,7 +89,8 @@ def collect_routing(
                 counts_PL = processes.gathered(counts_L.to(device)).cpu()
                 statistics.skip(dict(zip(layers, counts_PL[:rank].sum(dim=0).tolist(), strict=True)))
             if mine:
-                statistics.update(found, **seen)
+                outputs = {layer: seen[layer].take(batch) for layer, batch in found.items()}
+                statistics.update(found, outputs=outputs, stream_square=streams.squares(found))
             if world > 1:
                 statistics.skip(dict(zip(layers, counts_PL[rank + 1 :].sum(dim=0).tolist(), strict=True)))
     for tensors in processes.sent_to_main(statistics.tensors()) if world > 1 else ():

@@ -9,7 +9,7 @@ costs is the embedding and the masks once per block. It also lets a killed run g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,15 @@ class _Halt(BaseException):
     """Ends a forward pass; no ``Exception``, so that no model code takes it for its own."""
 
 
+def block_of(layer: LayerId, lists: Container[str]) -> str | None:
+    """Path of the member of the outermost of the module lists ``lists`` that holds ``layer``; None if none does."""
+    parts = layer.split(".")
+    for count in range(1, len(parts)):
+        if ".".join(parts[:count]) in lists:
+            return ".".join(parts[: count + 1])
+    return None
+
+
 def stacks_of(model: nn.Module, layers: list[LayerId]) -> dict[str, list[str]]:
     """By module list, the paths of its blocks: every outermost list that holds one of ``layers``, and its namesakes.
 
@@ -38,13 +47,11 @@ def stacks_of(model: nn.Module, layers: list[LayerId]) -> dict[str, list[str]]:
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     holding: list[str] = []
     for layer in layers:
-        parts = layer.split(".")
-        prefixes = [".".join(parts[:count]) for count in range(1, len(parts))]
-        found = next((prefix for prefix in prefixes if prefix in lists), None)
-        if found is None:
+        block = block_of(layer, lists)
+        if block is None:
             raise ValueError(f"layer {layer!r} is in no list of blocks, so the model cannot be run block by block")
-        if found not in holding:
-            holding.append(found)
+        if block.rpartition(".")[0] not in holding:
+            holding.append(block.rpartition(".")[0])
     names = {path.rpartition(".")[2] for path in holding}
     outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
     chosen = [path for path in outermost if path in holding or path.rpartition(".")[2] in names]

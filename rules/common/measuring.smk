@@ -1,16 +1,12 @@
 # What is measured of every run, and under which names it is reported.
 
-# What only some methods need of the calibration pass is collected only for them.
+# The Gram matrices of inputs are large, so they are collected only for the methods that need them.
 CONFIGURED = [METHODS[variant] for variant in CONFIG["variants"]]
 TASK_SPECIFIC = [
     name for name, method in METHODS.items() if method.merge == methods.TASK_SPECIFIC
 ]
 NEEDED = frozenset().union(*(method.needs for method in CONFIGURED))
-EXTRAS = [
-    option
-    for need, option in {"input-gram": "--whiten", "saliency": "--saliency"}.items()
-    if need in NEEDED
-]
+EXTRAS = ["--whiten"] if "input-gram" in NEEDED else []
 LABELS = {made: (variant, experts) for variant, experts, made in evaluated()}
 RUN_LIST = json.dumps(
     [
