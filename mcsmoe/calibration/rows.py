@@ -74,7 +74,7 @@ def read_rows(file: Path) -> list[Row]:
             return _checked([(row, f"{file}: line {number}") for number, row in json_lines(file)], file)
         return _checked(_parquet(file), file)
     except OSError as error:
-        raise ValueError(f"{file}: not readable as {suffix[1:]} ({error})") from error
+        raise ValueError(f"{file}: not readable as {suffix[1:]} ({' '.join(str(error).split())})") from error
 
 
 def rows_of(records: Iterable[Mapping[Any, Any]], where: str) -> list[Row]:

@@ -46,8 +46,10 @@ def parquet_header(path: Path) -> tuple[pa.Schema, int]:
     try:
         with pq.ParquetFile(path) as file:
             return file.schema_arrow, file.metadata.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"data file {path} is not readable as parquet ({error}); fetch or write it again") from error
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise ValueError(
+            f"data file {path} is not readable as parquet ({_without(path, error)}); fetch or write it again"
+        ) from error
 
 
 def check_file(path: Path, task: Task) -> None:
@@ -93,7 +95,9 @@ def _csv_header(path: Path) -> tuple[list[str], bool]:
             rows = (row for row in csv.reader(handle) if row)
             return next(rows, []), next(rows, None) is not None
     except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"data file {path} is not readable as csv ({error}); write it again") from error
+        raise ValueError(
+            f"data file {path} is not readable as csv ({_without(path, error)}); write it again"
+        ) from error
 
 
 def _check_names(names: list[str], path: Path, task: Task) -> None:

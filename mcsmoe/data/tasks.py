@@ -5,6 +5,7 @@ Adding a task is adding a file, to the folder ``tasks`` beside this module or an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -26,6 +27,7 @@ METRICS = ("accuracy", "f1", "macro_f1", "f1a", "f1m", "exact_match", "token_f1"
 _REQUIRED = ("name", "description", "columns", "prompt", "protocol", "metrics")
 _OPTIONAL = ("hub", "idx", "group", "choices", "label", "label_values", "references", "compat_prompt", "published")
 _LONGEST = 1_000_000  # bytes of a task file
+_HALF = re.compile(r"\\(?:u|U0000)[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 def _key(name: str) -> str:
@@ -192,7 +194,10 @@ def _yaml(path: Path) -> Any:
     try:
         if path.stat().st_size > _LONGEST:
             raise ValueError(f"it has {path.stat().st_size} bytes, more than {_LONGEST}")
-        return yaml.load(path.read_text(encoding="utf-8-sig"), Loader)  # a SafeLoader
+        text = path.read_text(encoding="utf-8-sig")
+        if half := _HALF.search(text):
+            raise ValueError(f"{half[0]} stands for half a character, which is no text")
+        return yaml.load(text, Loader)  # a SafeLoader
     except (OSError, ValueError, RecursionError, TypeError, yaml.YAMLError) as error:
         raise ValueError(
             f"task file {path} is not readable YAML ({' '.join(str(error).split())[:400]}); correct it"
