@@ -96,9 +96,10 @@ def run(stage: Callable[[argparse.Namespace], None], arguments: argparse.Namespa
         try:
             arguments.log.parent.mkdir(parents=True, exist_ok=True)
             handlers.append(logging.FileHandler(arguments.log, mode="w"))
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror}); free some space or allow this user to write there"
-            sys.exit(f"error: {arguments.log}: {reason}, and run again")
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            reason = f"cannot be written ({why}); free some space or allow this user to write there"
+            sys.exit(f"error: {str(arguments.log)!r}: {reason}, and run again")
     # A log that cannot take another line must not bury what is shown in tracebacks of its own.
     logging.raiseExceptions = False
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=handlers)
