@@ -95,8 +95,10 @@ class TensorFile:
                 if not 2 <= length <= min(size, _LONGEST_HEADER):
                     raise ValueError("it has no header")
                 self._data = 8 + length
-                header = json.loads(handle.read(length))
+                header = json.loads(handle.read(length), parse_constant=_refuse_constant)
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            if not isinstance(self.metadata, dict) or any(type(text) is not str for text in self.metadata.values()):
+                raise ValueError("its metadata are no map of texts")
             end = self._data
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 if entry["dtype"] not in _DTYPES:
@@ -326,6 +328,11 @@ def _shards(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += info.nbytes
     return shards
+
+
+def _refuse_constant(text: str) -> None:
+    """Python reads NaN and Infinity in JSON, other libraries do not."""
+    raise ValueError(f"its header holds {text}")
 
 
 def _header(infos: Mapping[str, TensorInfo], names: list[str], metadata: Mapping[str, str]) -> bytes:

@@ -48,9 +48,10 @@ def stock_skeleton(folder: Path, config: dict[str, Any], dtype: torch.dtype | No
     try:
         # The class's own configuration, as its from_pretrained takes: the text model's where that is nested in another.
         filled = (cls.config_class or AutoConfig).from_pretrained(folder, trust_remote_code=False)
+        stored = dtype or parse_dtype(filled.dtype)
     except Exception as error:  # a family's checks of its fields raise a dozen kinds
         raise ValueError(f"{file}: {_first_line(error)}") from error
-    return empty_model(cls, filled, dtype or parse_dtype(filled.dtype), file)
+    return empty_model(cls, filled, stored, file)
 
 
 def empty_model(cls: Any, config: Any, dtype: torch.dtype | None, file: Path) -> Any:

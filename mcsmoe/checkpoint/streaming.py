@@ -62,7 +62,10 @@ class Streamed:
             self.adapter = adapter_for(self.model)
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from error
-        self.names = NameMap(self.model, self.tensors, stored_as_named=self.compact)
+        try:
+            self.names = NameMap(self.model, self.tensors, stored_as_named=self.compact)
+        except TypeError as error:  # a field of config.json by which the library looks a name up
+            raise ValueError(f"{self.folder}/config.json: {error}; correct it, or restore the file") from error
         self.unplaced = self.names.unplaced
         self._check_unplaced(unplaced)
         self._settle_formats()
