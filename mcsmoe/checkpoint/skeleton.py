@@ -43,8 +43,10 @@ def stock_skeleton(folder: Path, config: dict[str, Any], dtype: torch.dtype | No
     """
     from transformers import AutoConfig
 
-    cls = model_class(folder, config)
     file = folder / "config.json"
+    if not isinstance(config.get("model_type", ""), str):
+        raise ValueError(f"{file}: model_type is {config['model_type']!r}, which is not text; restore the file")
+    cls = model_class(folder, config)
     try:
         # The class's own configuration, as its from_pretrained takes: the text model's where that is nested in another.
         filled = (cls.config_class or AutoConfig).from_pretrained(folder, trust_remote_code=False)
