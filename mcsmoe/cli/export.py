@@ -89,6 +89,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     recovery = RouterRecovery(arguments.recover, arguments.learning_rate, arguments.seed)
     report = stock(source, arguments.out, probe, arguments.fold, _frequency(source, arguments), recovery)
+    if not source.compact:
+        log.info("no experts of %s are merged: the stock form is the same function", source.folder)
     for kind, change in report.folds.items():
         log.info("routers folded by %s%s: %s", kind, " (chosen)" if kind == report.chosen else "", change)
     if report.recovered is not None:

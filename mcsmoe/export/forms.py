@@ -275,6 +275,14 @@ def _layer_folds(
     for name in routers:
         if name.endswith("bias"):
             dead_E |= source.read(name).float().flatten() < _NEVER
+    if len(table) == groups and bool((table == torch.arange(groups)).all()):
+        # Experts that were dropped have no rows any more, and nothing was merged: every row stays as it is.
+        return {"mean": torch.eye(groups, dtype=torch.float64)}
     if frequency is not None and layer not in frequency:
         raise ValueError(f"layer {layer!r}: the groups given do not name it; they are of another model")
+    if frequency is not None and len(frequency[layer]) != len(table):
+        raise ValueError(
+            f"layer {layer!r}: the groups given are of {len(frequency[layer])} experts, the layer has {len(table)}; they are "
+            "of another model"
+        )
     return folds(table, groups, dead_E, None if frequency is None else frequency[layer])
