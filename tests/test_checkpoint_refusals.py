@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def change(folder: Path, function: Callable[[dict[str, torch.Tensor]], dict[str,
 
 def refused(folder: Path, *words: str) -> None:
     for reader in READERS.values():
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=re.escape(words[0] if words else "")) as error:
             reader(folder)
         for word in words:
             assert word in str(error.value), str(error.value)
