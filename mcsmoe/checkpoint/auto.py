@@ -7,8 +7,8 @@ registered waits for the modules that define them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, wraps
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -31,6 +31,48 @@ def config_class() -> Any:
     return type("McsmoeConfig", (PreTrainedConfig,), {"model_type": MODEL_TYPE, "__module__": __name__})
 
 
+def _one_device(path: object, device_map: Any) -> Any:
+    """The device of a ``device_map`` that names one: a device, or ``{"": device}``."""
+    if isinstance(device_map, Mapping):
+        if set(device_map) != {""}:
+            raise ValueError(
+                f"{path}: a compact checkpoint goes to one device, but device_map names {sorted(map(str, device_map))}; "
+                'give {"": device}'
+            )
+        device_map = device_map[""]
+    if device_map is None or device_map in ("auto", "balanced", "sequential"):
+        return "cpu"
+    return f"cuda:{device_map}" if isinstance(device_map, int) else device_map
+
+
+def load_compact(path: Any, options: dict[str, Any]) -> Any:
+    """The model of a compact checkpoint, by the options of ``from_pretrained``.
+
+    Raises:
+        ValueError: an option that has no meaning here; names it.
+    """
+    from mcsmoe.checkpoint.load import load_model as load
+
+    given = dict(options)
+    dtype = given.pop("dtype", None) or given.pop("torch_dtype", None)
+    given.pop("torch_dtype", None)
+    device = _one_device(path, given.pop("device_map", None))
+    config = given.pop("config", None)
+    attention = given.pop("attn_implementation", None) or getattr(config, "_attn_implementation_internal", None)
+    informed = given.pop("output_loading_info", False)
+    unknown = sorted(name for name, value in given.items() if name not in _HARMLESS and value is not None)
+    if unknown:
+        raise ValueError(f"{path}: a compact checkpoint takes no {', '.join(unknown)}; leave it out")
+    model = load(path, dtype=None if dtype == "auto" else dtype, device=device, attention=attention)
+    nothing: dict[str, Any] = {
+        "missing_keys": set(),
+        "unexpected_keys": set(),
+        "mismatched_keys": set(),
+        "error_msgs": [],
+    }
+    return (model, nothing) if informed else model
+
+
 class _Loader:
     """Stands in the registry of an Auto class; what it returns is the base model's own class, ready to run."""
 
@@ -38,19 +80,51 @@ class _Loader:
     config_class: Any
 
     @classmethod
-    def from_pretrained(cls, path: str, *_args: Any, config: Any = None, **options: Any) -> Any:
-        from mcsmoe.checkpoint.load import load_model as load
-
-        dtype = options.pop("dtype", options.pop("torch_dtype", None))
-        device = options.pop("device_map", None) or "cpu"
-        unknown = {name for name, value in options.items() if name not in _HARMLESS and value is not None}
-        if unknown or isinstance(device, dict):
-            raise ValueError(f"{path}: compact checkpoints take dtype and one device, not {sorted(unknown) or device}")
-        model: Any = load(path, dtype=None if dtype == "auto" else dtype, device="cpu" if device == "auto" else device)
+    def from_pretrained(cls, path: str, *_args: Any, **options: Any) -> Any:
+        made = load_compact(path, options)
+        model: Any = made[0] if isinstance(made, tuple) else made
         if bool(model.config.is_encoder_decoder) is not cls.encoder_decoder:
             kind = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
             raise ValueError(f"{path}: holds a {type(model).__name__}; load it with {kind}")
-        return model
+        return made
+
+    @classmethod
+    def _from_config(cls, config: Any, **_options: Any) -> Any:
+        raise ValueError(
+            "the configuration of a compact checkpoint does not give a model without its weights; use from_pretrained "
+            f"on its folder ({getattr(config, 'name_or_path', '') or 'unknown'})"
+        )
+
+
+def _is_compact_folder(path: object) -> bool:
+    import os
+    from pathlib import Path
+
+    if not isinstance(path, (str, os.PathLike)) or not (Path(path) / "config.json").is_file():
+        return False
+    from mcsmoe.checkpoint.format import is_compact
+
+    try:
+        return is_compact(Path(path))
+    except ValueError:
+        return False  # transformers says what is wrong with it
+
+
+def _register_classes(module: ModuleType) -> None:
+    """Let ``from_pretrained`` of every model class read compact folders, where it would initialise experts at random."""
+    original = module.PreTrainedModel.from_pretrained.__func__
+
+    @wraps(original)
+    def from_pretrained(cls: Any, path: Any, *arguments: Any, **options: Any) -> Any:
+        if not _is_compact_folder(path):
+            return original(cls, path, *arguments, **options)
+        made = load_compact(path, options)
+        model = made[0] if isinstance(made, tuple) else made
+        if not isinstance(model, cls):
+            raise ValueError(f"{path}: holds a {type(model).__name__}, not a {cls.__name__}; load it with that class")
+        return made
+
+    module.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
 def _register_config(module: ModuleType) -> None:
@@ -66,6 +140,7 @@ def _register_models(module: ModuleType) -> None:
 _WAITING: dict[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.modeling_utils": _register_classes,
 }
 
 

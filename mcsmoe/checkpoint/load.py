@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mcsmoe.artefacts.tensors import INDEX, TensorFolder, TensorInfo
 from mcsmoe.checkpoint import fields, leftovers
 from mcsmoe.checkpoint import format as compact
 from mcsmoe.checkpoint.names import NameMap
-from mcsmoe.checkpoint.save import PROVENANCE, own_tensors, place
+from mcsmoe.checkpoint.save import PROVENANCE, own_tensors, place, save_pretrained
 from mcsmoe.checkpoint.skeleton import fill_buffers, parse_dtype, run_dtypes, skeleton, stock_skeleton
 from mcsmoe.checkpoint.vetting import open_weights, refuse_scales
 
@@ -61,6 +62,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     dense: bool = False,
+    attention: str | None = None,
 ) -> nn.Module:
     """The model of a stock folder, a hub name or a compact folder, in eval mode.
 
@@ -69,6 +71,7 @@ def load_model(
         dtype: of floating-point weights; as stored if None.
         device: where the weights go, one tensor at a time.
         dense: a model without experts is wanted, to compare with, and no adapter treats it.
+        attention: how attention is computed, by transformers' names (``attn_implementation``); its own choice if None.
 
     Raises:
         ValueError: not a checkpoint, not a Mixture-of-Experts model (or one, where ``dense``), or a file that is truncated,
@@ -78,12 +81,17 @@ def load_model(
     check_sums(folder, lambda name: name in _OF_MODEL)
     config = compact.read_config(folder)
     if compact.SECTION in config:
-        return _load_compact(folder, parse_dtype(dtype), torch.device(device))
-    return _load_stock(folder, config, parse_dtype(dtype), torch.device(device), dense)
+        return _load_compact(folder, parse_dtype(dtype), torch.device(device), attention)
+    return _load_stock(folder, config, parse_dtype(dtype), torch.device(device), dense, attention)
 
 
 def _load_stock(
-    folder: Path, config: dict[str, Any], dtype: torch.dtype | None, device: torch.device, dense: bool
+    folder: Path,
+    config: dict[str, Any],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    dense: bool,
+    attention: str | None,
 ) -> nn.Module:
     tensors = open_weights(folder, config)
     check_sums(folder, lambda name: name in tensors.files)
@@ -99,6 +107,7 @@ def _load_stock(
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=False,
+            **({"attn_implementation": attention} if attention else {}),
         )
     except (OSError, RuntimeError, ImportError) as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -132,6 +141,8 @@ def _remember(model: Any, folder: Path, config: dict[str, Any], unplaced: Mappin
         source = fields.source_fields(config)
         config = {**config, **(leftovers.without_prediction(source) if going else source)}
     fields.remember(model, folder, config)
+    # Called by trainers and users alike; the library's own would leave merged experts out.
+    model.save_pretrained = partial(save_pretrained, model)
 
 
 @torch.no_grad()
@@ -142,10 +153,10 @@ def _align(model: nn.Module, boundary: int = 64) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _load_compact(folder: Path, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+def _load_compact(folder: Path, dtype: torch.dtype | None, device: torch.device, attention: str | None) -> nn.Module:
     section, config = compact.read_section(folder), compact.read_config(folder)
     tensors = compact_weights(folder, config, section)
-    model: Any = skeleton(folder, dtype)
+    model: Any = skeleton(folder, dtype, attention)
     names = NameMap(model, tensors, stored_as_named=True)
     strange = sorted(set(names.unplaced) - set(section.get(compact.UNPLACED, [])))
     if strange:

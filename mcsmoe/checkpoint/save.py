@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from mcsmoe.adapters.dropping import settle
 from mcsmoe.adapters.registry import known_adapter
 from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.digests import write_sums
-from mcsmoe.artefacts.tensors import SHARD_BYTES, TensorInfo, by_alignment, write_tensors
+from mcsmoe.artefacts.tensors import INDEX, SHARD_BYTES, TensorInfo, by_alignment, write_tensors
 from mcsmoe.checkpoint import fields
 from mcsmoe.checkpoint import format as compact
 from mcsmoe.modules import RedirectedExperts
@@ -85,6 +86,7 @@ def save_model(
     tokenizer: Any = None,
     provenance: dict[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write ``model`` to the folder ``path``, which appears only once complete.
 
@@ -99,9 +101,10 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         tensors = own_tensors(model)
+        tensors |= {name: one for name, one in (state or {}).items() if name in tensors}
         if not specs:
             # The library's own writer gives the names and shapes that every reader of the family knows.
-            model.save_pretrained(folder, max_shard_size=shard_bytes)  # type: ignore[operator]
+            type(model).save_pretrained(model, folder, max_shard_size=shard_bytes)  # type: ignore[attr-defined]
             fields.write_json(folder / "config.json", true_ties(model, fields.config_of(model)))
             write_provenance(folder, provenance)
         else:
@@ -109,6 +112,36 @@ def save_model(
             config = true_ties(model, fields.config_of(model))
             write_folder(folder, model, infos, tensors.__getitem__, provenance, shard_bytes, config)
         fields.write_generation(model, folder)
+
+
+def save_pretrained(
+    model: Any, save_directory: str | Path, state_dict: Mapping[str, Tensor] | None = None, **options: Any
+) -> None:
+    """``model.save_pretrained`` of a model that ``mcsmoe.load`` read: with merged or compressed layers it stays compact.
+
+    Other files in the folder stay as they are.
+
+    Raises:
+        ValueError: an upload is asked for, or a residual is still dense.
+    """
+    if not specs_of(model):
+        type(model).save_pretrained(model, save_directory, state_dict=state_dict, **options)
+        return
+    if options.get("push_to_hub"):
+        raise ValueError("a compact checkpoint is not uploaded by save_pretrained; save it and upload the folder")
+    if not options.get("is_main_process", True):
+        return
+    target = Path(save_directory)
+    target.mkdir(parents=True, exist_ok=True)
+    shard = options.get("max_shard_size")
+    with TemporaryDirectory(prefix=".saving-", dir=target) as place_:
+        fresh = Path(place_) / "model"
+        save_model(model, fresh, shard_bytes=shard if isinstance(shard, int) else SHARD_BYTES, state=state_dict)
+        for old in [*target.glob("model*.safetensors"), target / INDEX]:
+            if not (fresh / old.name).exists():
+                old.unlink(missing_ok=True)
+        for file in sorted(fresh.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(target / file.name)
 
 
 def true_ties(model: Any, config: dict[str, Any]) -> dict[str, Any]:

@@ -78,12 +78,13 @@ def _first_line(error: BaseException) -> str:
     return f"{text[:400]} ({type(error).__name__})" if text else type(error).__name__
 
 
-def skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
+def skeleton(folder: str | Path, dtype: torch.dtype | None = None, attention: str | None = None) -> nn.Module:
     """The model of a compact checkpoint on the meta device: all structure, no weights.
 
     Args:
         folder: the checkpoint.
         dtype: it is built for; that of the checkpoint if None. Some families keep tables in it that no file holds.
+        attention: how attention is computed, by transformers' names; its own choice if None.
 
     Raises:
         ValueError: its base model or its layers are not what config.json says; names the file.
@@ -107,6 +108,8 @@ def skeleton(folder: str | Path, dtype: torch.dtype | None = None) -> nn.Module:
     except Exception as error:
         raise ValueError(f"{file}: {_first_line(error)}") from error
     config.name_or_path = str(place)
+    if attention is not None:
+        config._attn_implementation = attention
     specs = layer_specs(place)
     model = empty_model(cls, config, dtype or parse_dtype(fields_of.said_dtype(fields)), file)
     try:
