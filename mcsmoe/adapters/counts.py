@@ -57,9 +57,9 @@ def set_experts_of(config: Any, before: int, after: int) -> None:
 
 
 def experts_said(config: Any) -> list[int]:
-    """Every number of experts that a configuration names, in ascending order."""
+    """Every number of experts that a configuration, or its fields, names, in ascending order."""
     found: set[int] = set()
-    for _, value in _entries(config.to_dict(), EXPERT_FIELDS):
+    for _, value in _entries(config if isinstance(config, Mapping) else config.to_dict(), EXPERT_FIELDS):
         found |= set(value) if isinstance(value, list) else {value}
     return sorted(found)
 

@@ -200,9 +200,9 @@ class FusedAdapter(RedirectingAdapter):
                 scaled: bool = scaled,
             ) -> None:
                 routing.routed(inputs[0], result)
-                if scaled:  # its experts are called with every token; the choice is what the router scored
-                    weights_TK, index_TK = result[0].topk(module.top_k, dim=-1)
-                    record(layer, routing, inputs[0], index_TK, weights_TK)
+                if scaled:  # its experts are called with every token, scaled: what they give is summed as it is
+                    index_TK = result[0].topk(module.top_k, dim=-1).indices
+                    record(layer, routing, inputs[0], index_TK, torch.ones_like(index_TK, dtype=inputs[0].dtype))
 
             def dispatch(_module: Any, inputs: Any, layer: LayerId = layer, routing: Any = routing) -> None:
                 record(layer, routing, *inputs[:3])

@@ -150,7 +150,7 @@ class LayerMajor:
         started = time.monotonic()
         self.residency.load(path)
         self.residency.read_ahead(self._following(path))
-        layers = [layer for layer in self._left if layer.startswith(f"{path}.")]
+        layers = [layer for layer in self._left if f"{layer}.".startswith(f"{path}.")]
         sequential = reduce is not None and bool(layers)
         with ExitStack() as stack:
             tokens = States(self.states.folder / "tokens", self.options.cache_memory) if sequential else None

@@ -32,6 +32,7 @@ def describe(folder: Path) -> dict[str, Any]:
         ValueError: not a checkpoint folder, or a weight file that is truncated; names it.
     """
     from mcsmoe.artefacts.tensors import TensorFolder
+    from mcsmoe.adapters.counts import experts_said
     from mcsmoe.checkpoint import format as compact
 
     config = compact.read_config(folder)
@@ -42,12 +43,13 @@ def describe(folder: Path) -> dict[str, Any]:
         found = _EXPERTS.match(name)
         if found:
             inside.setdefault(found[1], {})[name] = info
+    said = experts_said(config)
     layers = []
     for layer, tensors in sorted(inside.items(), key=lambda item: _natural(item[0])):
         spec = specs.get(layer)
         row: dict[str, Any] = {"layer": layer, **_size(tensors)}
         if spec is None:
-            experts = _stock_experts(tensors)
+            experts = _stock_experts(tensors, said)
             row |= {"experts": experts, "groups": experts, "rank": None, "kept_rows": None}
         else:
             row |= {"experts": len(spec.expert_to_group), "groups": spec.num_groups, "rank": None, "kept_rows": None}
@@ -84,9 +86,13 @@ def _size(tensors: dict[str, TensorInfo]) -> dict[str, int]:
     }
 
 
-def _stock_experts(tensors: dict[str, TensorInfo]) -> int:
+def _stock_experts(tensors: dict[str, TensorInfo], said: list[int]) -> int:
     numbers = {int(found[1]) for name in tensors if (found := _NUMBER.search(name))}
-    return len(numbers) if numbers else next(iter(tensors.values())).shape[0]
+    if numbers:
+        return len(numbers)
+    stacked = next(iter(tensors.values())).shape[0]
+    # Some families keep the rows of all experts one below the other; then only the configuration can say.
+    return said[0] if len(said) == 1 and stacked % said[0] == 0 else stacked
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -171,6 +171,17 @@ def folds(table: Tensor, groups: int, dead_E: Tensor, frequency_E: Tensor | None
     return made
 
 
+def folded_axis(fold_GE: Tensor, tensor: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    """``tensor`` with its axis of E experts folded to G; entries behind those of the experts (for shared ones) stay."""
+    groups, experts = fold_GE.shape
+    (axis,) = [axis for axis, (old, new) in enumerate(zip(tensor.shape, wanted, strict=True)) if old != new]
+    moved = tensor.movedim(axis, 0)
+    head, tail = moved[:experts], moved[experts:]
+    if len(tail) + groups != wanted[axis]:
+        raise ValueError(f"a router's tensor {tuple(tensor.shape)} cannot be folded to {wanted}; export --form dense")
+    return torch.cat([torch.tensordot(fold_GE, head, 1), tail]).movedim(0, axis)
+
+
 def stock(
     source: Streamed,
     out: str | Path,
@@ -210,7 +221,7 @@ def stock(
 
     def fold_rows(kind: str, name: str) -> Tensor:
         layer, tensor = rows[name]
-        return kinds[layer][kind] @ tensor.double()
+        return folded_axis(kinds[layer][kind], tensor.double(), needed[name])
 
     def members(layer: LayerId) -> Tensor:
         # A compact layer stacks its groups, one that was never merged its experts: both are in order already.
