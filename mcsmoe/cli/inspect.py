@@ -31,8 +31,8 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: not a checkpoint folder, or a weight file that is truncated; names it.
     """
-    from mcsmoe.artefacts.tensors import TensorFolder
     from mcsmoe.adapters.counts import experts_said
+    from mcsmoe.artefacts.tensors import TensorFolder
     from mcsmoe.checkpoint import format as compact
 
     config = compact.read_config(folder)
