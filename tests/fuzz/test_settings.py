@@ -124,7 +124,6 @@ VALUES = (
     "/dev/null/x",
     "tpu",
     "2",
-    "\ud83d",
     "a" * 5000,
 )
 
