@@ -103,7 +103,7 @@ CRITERIA: dict[str, str] = {
 DROPPED = ("delete", "redirect", "constant", "affine")
 """What becomes of dropped experts: router rows deleted, a kept expert answers, or a novice does."""
 
-PRUNING_BUDGETS = ("uniform", "predicted", "adaptive", "auto")
+PRUNING_BUDGETS = ("uniform", "predicted", "adaptive")
 """How the number of kept experts is spread over the layers."""
 
 TASK_SPECIFIC = "task-specific"
@@ -199,6 +199,22 @@ def _builtin() -> dict[str, Method]:
 
 
 BUILTIN: dict[str, Method] = _builtin()
+
+
+_IN_SEQUENCE = replace(BUILTIN["msmoe"], alignment="none", recover=False, budget="uniform")
+PRESETS: dict[str, Method] = {
+    **{name: method for name, method in BUILTIN.items() if method.merge in MERGES},
+    "ream": replace(
+        _IN_SEQUENCE, name="ream", description="REAM: merged into the most salient, rows deleted", merge="ream"
+    ),
+    "mergemoe": replace(
+        _IN_SEQUENCE, name="mergemoe", description="MergeMoE: output projections by least squares", merge="mergemoe"
+    ),
+}
+"""What ``mcsmoe merge --method`` takes beside the merge methods: every setting at once, as published."""
+
+REFIT = "-refit"
+"""Ends the name of a preset that is refitted afterwards."""
 
 
 def _close(name: str, known: list[str]) -> str:

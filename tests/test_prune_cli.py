@@ -145,3 +145,54 @@ def test_what_cannot_be_is_refused_before_any_work(
         caplog, "prune", full, "--experts", 3, "--refit", "--statistics", text, "--out", tmp_path / "out"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_protected_experts_stay_and_listed_ones_go(full: Path, text: Path, tmp_path: Path) -> None:
+    first, second = "model.layers.0.mlp", "model.layers.2.mlp"
+    (tmp_path / "protect.json").write_text(json.dumps({first: [1, 4]}))
+    (tmp_path / "drop.json").write_text(json.dumps({first: [0], second: [2, 3]}))
+    lists = ("--protect", tmp_path / "protect.json", "--drop", tmp_path / "drop.json")
+    run("prune", full, "--experts", 3, *lists, "--calibration", text, "--out", tmp_path / "out")
+    kept = {k: one["kept"] for k, one in json.loads((tmp_path / "out" / "experts.json").read_text())["layers"].items()}
+    assert {1, 4} <= set(kept[first])
+    assert 0 not in kept[first]
+    assert not {2, 3} & set(kept[second])
+
+
+def test_lists_that_cannot_be_are_refused(
+    full: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = ("--experts", 3, "--calibration", text, "--out", tmp_path / "out")
+    for content, message in (
+        ({"elsewhere": [1]}, "names layer 'elsewhere'; the model has"),
+        ({"model.layers.0.mlp": [6]}, "names expert 6 of layer 'model.layers.0.mlp'; its experts are 0 to 5"),
+        ({"model.layers.0.mlp": [0, 1, 2, 3]}, "4 experts are protected, but only 3 are kept; protect fewer"),
+        ([1], "must list numbers of experts by layer"),
+    ):
+        (tmp_path / "list.json").write_text(json.dumps(content))
+        assert message in refused(caplog, "prune", full, "--protect", tmp_path / "list.json", *out)
+
+
+def test_a_predicted_budget_spreads_the_experts(full: Path, text: Path, tmp_path: Path) -> None:
+    out = ("--experts", 3, "--calibration", text, "--budget", "predicted", "--refit", "--fewest", 2)
+    run("prune", full, *out, "--dropped", "redirect", "--out", tmp_path / "out")
+    listed = json.loads((tmp_path / "out" / "experts.json").read_text())["layers"]
+    counts = [len(one["kept"]) for one in listed.values()]
+    assert sum(counts) == 6
+    assert min(counts) >= 2
+    assert bool(torch.isfinite(logits(tmp_path / "out", tiny_models.batch())).all())
+
+
+@pytest.mark.parametrize("method", ["msmoe-refit", "ream", "mergemoe", "reap-refit"])
+def test_published_merges_in_sequence(method: str, full: Path, text: Path, tmp_path: Path) -> None:
+    words = ("--method", method, "--experts", 3, "--budget", "uniform", "--calibration", text)
+    run("merge", full, *words, "--out", tmp_path / "out")
+    made = mcsmoe.load(tmp_path / "out")
+    adapter = adapter_for(made)
+    drops = method.startswith("rea")
+    for layer in adapter.layers(made):
+        assert adapter.read_experts(made, layer).num_experts == 3
+        assert adapter.num_experts(made, layer) == (3 if drops else 6)
+    assert bool(torch.isfinite(logits(tmp_path / "out", tiny_models.batch())).all())
+    groups = read_table(tmp_path / "out" / "groups.parquet", "groups")
+    assert groups.groupby(["layer", "group"])["weight"].sum().round(9).eq(1).all()

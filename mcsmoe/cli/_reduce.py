@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mcsmoe.artefacts.tables import frame_of, write_table
 from mcsmoe.calibration.files import load_tensors, save_tensors
 from mcsmoe.calibration.layer_major import DomainBatch, LayerMajor
@@ -20,8 +22,11 @@ from mcsmoe.cli._domains import domains
 from mcsmoe.cli._outputs import GROUPS, say_size
 from mcsmoe.cli.options import pass_options
 from mcsmoe.console import log, progress
+from mcsmoe.criteria.quadratic import Limits
+from mcsmoe.criteria.scores import CriterionInputs, super_experts
 from mcsmoe.statistics.blend import blend
 from mcsmoe.statistics.layer import LayerStatistics
+from mcsmoe.transform.budget import SPREADS
 from mcsmoe.transform.layers import SparseLayer
 from mcsmoe.transform.reduce import Reduced, Reduction
 from mcsmoe.types import LayerId
@@ -51,8 +56,13 @@ def kept_number(arguments: argparse.Namespace, experts: Mapping[LayerId, int], s
     return int(arguments.experts)
 
 
-def uniform_counts(source: Streamed, arguments: argparse.Namespace, deletes: bool) -> dict[LayerId, int]:
+def counts(
+    source: Streamed, arguments: argparse.Namespace, deletes: bool, criterion: str = "frequency"
+) -> dict[LayerId, int]:
     """By layer the number of experts to keep, checked against what its router can do without the others.
+
+    A budget that spreads them over the layers takes statistics of all layers, from a pass of their own before they are
+    reduced in sequence.
 
     Raises:
         ValueError: a number that a layer cannot have; names the layer and the remedy, before any work.
@@ -61,10 +71,86 @@ def uniform_counts(source: Streamed, arguments: argparse.Namespace, deletes: boo
     experts = {layer: adapter.num_experts(model, layer) for layer in source.layers}
     sets = {layer: adapter.expert_sets(model, layer) if deletes else 1 for layer in source.layers}
     kept = kept_number(arguments, experts, sets)
+    excluded = set(getattr(arguments, "exclude_layers", ()))
+    fewest = max(getattr(arguments, "fewest", 1), 1)
+    if fewest > kept:
+        raise ValueError(f"--fewest is {fewest}, more than the {kept} experts to keep on average; give at most {kept}")
     for layer in source.layers:
         if deletes and kept < experts[layer]:
             adapter.check_dropping(model, layer, kept)
-    return dict.fromkeys(source.layers, kept)
+    if arguments.budget == "uniform":
+        return {layer: experts[layer] if layer in excluded else kept for layer in source.layers}
+    found = statistics(source, _without_domains(arguments))
+    free = [layer for layer in source.layers if layer not in excluded]
+    spread = SPREADS[arguments.budget]({layer: found.layers[layer] for layer in free}, kept, criterion, sets, fewest)
+    made = {layer: experts[layer] if layer in excluded else spread[layer] for layer in source.layers}
+    for layer in source.layers:
+        log.info("%s: %d of %d experts by the %s budget", layer, made[layer], experts[layer], arguments.budget)
+        if deletes and made[layer] < experts[layer]:
+            adapter.check_dropping(model, layer, made[layer])
+    return made
+
+
+def _without_domains(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments as ``statistics`` takes them: one file of text."""
+    given = arguments.calibration
+    if given is not None and len(given) > 1:
+        raise ValueError(
+            f"--budget {arguments.budget} takes one file of text, not {len(given)} domains; collect their statistics "
+            "with mcsmoe collect and give --statistics, or use --budget uniform"
+        )
+    more = {"calibration": given[0].file if given else None, "save_statistics": None}
+    return argparse.Namespace(**(vars(arguments) | more))
+
+
+def limits(source: Streamed, arguments: argparse.Namespace) -> dict[LayerId, Limits]:
+    """By layer which experts ``--protect`` and ``--drop`` name; layers without any are left out.
+
+    Raises:
+        ValueError: a file that does not list experts by layer, or a layer or expert that the model does not have.
+    """
+    experts = {layer: source.adapter.num_experts(source.model, layer) for layer in source.layers}
+    made: dict[LayerId, Limits] = {}
+
+    def mark(option: str, layer: LayerId, chosen: list[int]) -> None:
+        if layer not in made:
+            sets = source.adapter.expert_sets(source.model, layer)
+            no_E = torch.zeros(experts[layer], dtype=torch.bool)
+            made[layer] = Limits(no_E, no_E.clone(), torch.arange(experts[layer]) // (experts[layer] // sets))
+        marked_E = made[layer].protected_E if option == "--protect" else made[layer].dropped_E
+        marked_E[chosen] = True
+
+    for option, given in (("--protect", arguments.protect), ("--drop", arguments.drop)):
+        if option == "--protect" and given == "super":
+            found = statistics(source, _without_domains(arguments)).layers
+            largest = {layer: CriterionInputs(layer, found[layer]).outputs.largest_norm_E for layer in source.layers}
+            for layer, outlying_E in super_experts(largest).items():
+                chosen = outlying_E.nonzero()[:, 0].tolist()
+                if chosen:
+                    log.info("%s: experts %s have outlying outputs and stay", layer, chosen)
+                    mark(option, layer, chosen)
+        elif given is not None:
+            for layer, chosen in _listed(option, Path(given), experts).items():
+                mark(option, layer, chosen)
+    return made
+
+
+def _listed(option: str, file: Path, experts: Mapping[LayerId, int]) -> dict[LayerId, list[int]]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option}: {file} is not readable as JSON ({error})") from error
+    if not isinstance(found, dict) or not all(isinstance(chosen, list) for chosen in found.values()):
+        raise ValueError(f"{option}: {file} must list numbers of experts by layer, as in {{LAYER: [0, 5]}}")
+    for layer, chosen in found.items():
+        if layer not in experts:
+            raise ValueError(f"{option}: {file} names layer {layer!r}; the model has {list(experts)}")
+        for expert in chosen:
+            if type(expert) is not int or not 0 <= expert < experts[layer]:
+                raise ValueError(
+                    f"{option}: {file} names expert {expert!r} of layer {layer!r}; its experts are 0 to {experts[layer] - 1}"
+                )
+    return found
 
 
 def check_whole(source: Streamed) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from mcsmoe.cli import options
-from mcsmoe.methods import BACKWARD, MERGES, SIMILARITIES
+from mcsmoe.methods import BACKWARD, MERGES, PRESETS, REFIT, SIMILARITIES
 from mcsmoe.workflow.method_options import add_method
 from mcsmoe.workflow.options import record
 
@@ -21,6 +22,9 @@ EXAMPLE = "mcsmoe merge full --calibration train.jsonl --experts 8 --out merged"
 _SETTINGS = ("experts", "similarity", "grouping", "budget", "alignment", "method", "seed")
 
 
+_FIELDS = ("similarity", "grouping", "budget", "alignment", "linkage", "capacity")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("model", type=Path, help="stock checkpoint folder, or a model on the hub")
@@ -28,15 +32,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_out(parser)
     options.add_statistics(parser)
     group = parser.add_argument_group("method")
-    add_method(group, ("similarity", "grouping", "budget", "alignment", "linkage", "capacity"), start="msmoe")
-    add_method(group, ("merge",), start="msmoe", name="method")
-    parser.set_defaults(budget=None)
+    add_method(group, _FIELDS, start="msmoe")
+    names = [*MERGES, *(name for name in PRESETS if name not in MERGES), *(f"{name}{REFIT}" for name in PRESETS)]
+    group.add_argument(
+        "--method",
+        choices=names,
+        default="frequency",
+        metavar="NAME",
+        help=f"a merge, which the other options complete, or a published method with all it says: {', '.join(names)}",
+    )
+    parser.set_defaults(**dict.fromkeys(_FIELDS))
+    options.add_refit(group)
+    group.add_argument(
+        "--sequential",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="merge each layer by what the merged layers before it give; where every layer keeps the same number, as a rule",
+    )
     options.add_excluded(group)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Group and merge the experts of a stock checkpoint."""
     options.prepare(arguments)
+    complete(arguments)
+    _refuse_gradients(arguments.similarity, SIMILARITIES[arguments.similarity].needs)
+    if arguments.method in MERGES:
+        _refuse_gradients(arguments.method, MERGES[arguments.method].needs)
+    if in_sequence(arguments):
+        _reduce(arguments)
+    else:
+        _merge(arguments)
+
+
+def complete(arguments: argparse.Namespace) -> None:
+    """Fill in what the named method says and the options do not; ``method`` is the merge itself afterwards."""
+    name = arguments.method
+    if name.endswith(REFIT) and name not in MERGES:
+        name, arguments.refit = name.removesuffix(REFIT), True
+    completed = replace(PRESETS["msmoe"], merge=name, budget=MERGES[name].budget) if name in MERGES else None
+    preset = PRESETS[name] if completed is None else completed
+    for field in _FIELDS:
+        if getattr(arguments, field) is None:
+            setattr(arguments, field, getattr(preset, field))
+    arguments.method = preset.merge
+
+
+def in_sequence(arguments: argparse.Namespace) -> bool:
+    """Whether layers are merged one after another on the states of the merged ones.
+
+    Raises:
+        ValueError: the method must, and may not; names the option.
+    """
+    must = arguments.refit or arguments.method not in MERGES
+    if must and (arguments.sequential is False or arguments.calibration is None):
+        what = "--refit" if arguments.refit else f"--method {arguments.method}"
+        raise ValueError(f"{what} works on tokens, layer after layer; give --calibration FILE, without --no-sequential")
+    if arguments.sequential is not None and not must:
+        if arguments.sequential and arguments.calibration is None:
+            raise ValueError("--sequential needs the text itself; give --calibration FILE")
+        return bool(arguments.sequential)
+    return bool(
+        must
+        or (
+            arguments.budget == "uniform"
+            and arguments.calibration is not None
+            and arguments.save_statistics is None
+            and not arguments.exclude_layers
+        )
+    )
+
+
+def _reduce(arguments: argparse.Namespace) -> None:
+    from mcsmoe.checkpoint.streaming import Streamed
+    from mcsmoe.cli import _reduce
+    from mcsmoe.cli._domains import domain_file
+    from mcsmoe.transform.reduce import Merging, Reduction
+
+    merging = record(Merging, arguments, merge=arguments.method)
+    refitting = options.refitting(arguments)
+    source = Streamed(arguments.model)
+    _reduce.check_whole(source)
+    arguments.remove = None
+    arguments.calibration = [domain_file(str(arguments.calibration))]
+    drops = arguments.method not in MERGES or MERGES[arguments.method].drops
+    counts = _reduce.counts(source, arguments, drops)
+    settings = {name: getattr(arguments, name) for name in (*_SETTINGS, "refit", "ridge")}
+    provenance = {"stage": "merge", "tool": "mcsmoe merge", "settings": settings, "parent": source.digest}
+    _reduce.reduce_checkpoint(source, arguments, Reduction(merging, refitting, seed=arguments.seed), counts, provenance)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
     from mcsmoe.artefacts.tables import write_table
     from mcsmoe.calibration.evidence import Evidence
     from mcsmoe.checkpoint.streaming import Streamed
@@ -48,9 +134,6 @@ def run(arguments: argparse.Namespace) -> None:
     from mcsmoe.transform.on_disk import CheckpointLayers, Output
 
     method = arguments.method
-    arguments.budget = arguments.budget or MERGES[method].budget
-    _refuse_gradients(arguments.similarity, SIMILARITIES[arguments.similarity].needs)
-    _refuse_gradients(method, MERGES[method].needs)
     grouping = record(GroupSettings, arguments, merge=method)
     merging = record(MergeSettings, arguments, merge=method)
     source = Streamed(arguments.model)

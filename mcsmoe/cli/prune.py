@@ -32,9 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rank", type=int, default=16, help="of affine novices")
     group.add_argument("--budget", choices=methods.PRUNING_BUDGETS, default="uniform", help="spread over the layers")
     options.add_refit(group)
-    group.add_argument("--protect", metavar="LIST", help="experts that stay: super (outlying outputs), or a JSON file")
-    group.add_argument("--drop", metavar="FILE", type=Path, help="experts that go: JSON, numbers by layer")
-    group.add_argument("--fewest", type=int, default=1, metavar="N", help="keep at least this many in every layer")
+    group.add_argument(
+        "--protect", metavar="LIST", help="experts that stay: super (those with outlying outputs), or a JSON file"
+    )
+    group.add_argument("--drop", metavar="FILE", type=Path, help="experts that go: a JSON file of numbers by layer")
+    group.add_argument(
+        "--fewest",
+        type=int,
+        default=1,
+        metavar="N",
+        help="experts that every layer keeps at least, where the budget spreads them",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -48,10 +56,13 @@ def run(arguments: argparse.Namespace) -> None:
     refitting = options.refitting(arguments)
     source = Streamed(arguments.model)
     _reduce.check_whole(source)
-    counts = _reduce.uniform_counts(source, arguments, deletes=arguments.dropped == "delete")
+    counts = _reduce.counts(source, arguments, arguments.dropped == "delete", arguments.criterion)
+    limits = _reduce.limits(source, arguments)
+    for layer, limit in limits.items():
+        limit.quota(counts[layer], layer)
     settings = {
         name: getattr(arguments, name)
         for name in ("experts", "remove", "criterion", "dropped", "rank", "budget", "refit", "ridge", "seed")
     }
     provenance = {"stage": "prune", "tool": "mcsmoe prune", "settings": settings, "parent": source.digest}
-    _reduce.reduce_checkpoint(source, arguments, Reduction(how, refitting, seed=arguments.seed), counts, provenance)
+    _reduce.reduce_checkpoint(source, arguments, Reduction(how, refitting, limits, arguments.seed), counts, provenance)

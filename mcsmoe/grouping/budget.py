@@ -101,3 +101,44 @@ def uniform(frequency: Mapping[LayerId, Tensor], average: int) -> dict[LayerId, 
 
 
 BUDGETS: dict[str, Budget] = {"adaptive": adaptive, "uniform": uniform}
+
+
+def predicted(curves: Mapping[LayerId, Tensor], average: int) -> dict[LayerId, int]:
+    """By layer the number of experts to keep, ``average`` on average, by what losing more of them is predicted to cost.
+
+    Starting from all experts the layer gives up one (or as many as it must at once) whose cost rises least per expert,
+    again and again; ties go to the earlier layer. Where numbers must be multiples the total may end below the average.
+
+    Args:
+        curves: by layer, [E + 1]: cost with k experts kept, never rising with k, infinite where k cannot be. Costs of
+            different layers must be of one measure, such as a share of the energy of the residual stream.
+        average: experts to keep in a layer on average.
+
+    Raises:
+        ValueError: ``average`` is out of range, or below what the layers need.
+    """
+    check_average({layer: curve[1:] for layer, curve in curves.items()}, average)
+    kept = {layer: len(curve) - 1 for layer, curve in curves.items()}
+    steps: dict[LayerId, tuple[float, int]] = {}
+
+    def step(layer: LayerId) -> tuple[float, int]:
+        curve, now = curves[layer], kept[layer]
+        below = torch.isfinite(curve[:now]).nonzero()[:, 0]
+        if not len(below):
+            return float("inf"), 0
+        count = now - int(below[-1])
+        return max(0.0, float(curve[now - count] - curve[now])) / count, count
+
+    for layer in curves:
+        steps[layer] = step(layer)
+    while sum(kept.values()) > average * len(kept):
+        layer = min(steps, key=lambda one: steps[one][0])
+        rise, count = steps[layer]
+        if rise == float("inf"):
+            raise ValueError(
+                f"average is {average}, but the layers must keep {sum(kept.values())} experts in all, "
+                f"{sum(kept.values()) / len(kept):.1f} on average; give a larger average"
+            )
+        kept[layer] -= count
+        steps[layer] = step(layer)
+    return kept

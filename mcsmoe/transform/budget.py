@@ -1,0 +1,72 @@
+"""How many experts each layer keeps, from the statistics of all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from mcsmoe.criteria.quadratic import Limits, cost, curve
+from mcsmoe.criteria.scores import QUADRATICS, CriterionInputs, choose, gram
+from mcsmoe.grouping.budget import adaptive, predicted
+from mcsmoe.statistics.layer import LayerStatistics
+from mcsmoe.types import LayerId
+
+Spread = Callable[[Mapping[LayerId, LayerStatistics], int, str, Mapping[LayerId, int], int], dict[LayerId, int]]
+"""From statistics, experts on average, criterion, sets that a router chooses among first, and the fewest in a layer."""
+
+
+def by_frequency(
+    statistics: Mapping[LayerId, LayerStatistics],
+    average: int,
+    _criterion: str,
+    sets: Mapping[LayerId, int],
+    fewest: int,
+) -> dict[LayerId, int]:
+    """As many as a layer has among the most frequent experts of the model (MC-SMoE).
+
+    Raises:
+        ValueError: routers that choose among sets of experts, or a smallest number: this budget knows neither.
+    """
+    if max(sets.values()) > 1 or fewest > 1:
+        raise ValueError(
+            "--budget adaptive knows neither routers that choose sets of experts nor --fewest; use predicted"
+        )
+    chosen = adaptive({layer: one.frequency_E for layer, one in statistics.items()}, average)
+    return {layer: len(kept) for layer, kept in chosen.items()}
+
+
+def by_error(
+    statistics: Mapping[LayerId, LayerStatistics],
+    average: int,
+    criterion: str,
+    sets: Mapping[LayerId, int],
+    fewest: int,
+) -> dict[LayerId, int]:
+    """By the squared change of the layer's output over the energy of the residual stream behind it."""
+    curves = {layer: relative_curve(layer, statistics[layer], criterion, sets[layer], fewest) for layer in statistics}
+    return predicted(curves, average)
+
+
+def relative_curve(layer: LayerId, statistics: LayerStatistics, criterion: str, sets: int, fewest: int) -> Tensor:
+    """float64 [E + 1]: squared change of the output with k experts kept, over the squared residual stream.
+
+    Where the stream was not seen the output's own energy stands in for it.
+    """
+    inputs, experts = CriterionInputs(layer, statistics), statistics.num_experts
+    limits = Limits.none(experts)
+    limits = Limits(limits.protected_E, limits.dropped_E, torch.arange(experts) // (experts // sets))
+    outputs, matrix_EE = inputs.outputs, gram(inputs).cpu()
+    energy = float(outputs.stream_square_sum) or float(outputs.layer_square_sum) or 1.0
+    if criterion in QUADRATICS:
+        return curve(QUADRATICS[criterion](inputs).cpu(), limits, fewest) / energy
+    made = torch.full((experts + 1,), torch.inf, dtype=torch.float64)
+    for kept in range(-(-fewest // sets) * sets, experts + 1, sets):
+        dropped_E = torch.ones(experts, dtype=torch.bool)
+        dropped_E[choose(criterion, inputs, kept, limits)] = False
+        made[kept] = max(0.0, cost(matrix_EE, dropped_E)) / energy
+    return made
+
+
+SPREADS: dict[str, Spread] = {"adaptive": by_frequency, "predicted": by_error}
