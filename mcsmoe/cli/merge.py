@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequential",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="merge each layer by what the merged layers before it give; where every layer keeps the same number, as a rule",
+        help="merge each layer by what the merged layers before it give; so are published methods with a uniform budget",
     )
     options.add_excluded(group)
 
@@ -75,6 +75,7 @@ def complete(arguments: argparse.Namespace) -> None:
     for field in _FIELDS:
         if getattr(arguments, field) is None:
             setattr(arguments, field, getattr(preset, field))
+    arguments.published = completed is None
     arguments.method = preset.merge
 
 
@@ -92,15 +93,8 @@ def in_sequence(arguments: argparse.Namespace) -> bool:
         if arguments.sequential and arguments.calibration is None:
             raise ValueError("--sequential needs the text itself; give --calibration FILE")
         return bool(arguments.sequential)
-    return bool(
-        must
-        or (
-            arguments.budget == "uniform"
-            and arguments.calibration is not None
-            and arguments.save_statistics is None
-            and not arguments.exclude_layers
-        )
-    )
+    whole = arguments.calibration is not None and arguments.save_statistics is None and not arguments.exclude_layers
+    return bool(must or (arguments.published and arguments.budget == "uniform" and whole))
 
 
 def _reduce(arguments: argparse.Namespace) -> None:
