@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mcsmoe.criteria.quadratic import Limits, cheapest, cost, curve, highest
 from mcsmoe.criteria.scores import QUADRATICS, SCORES, CriterionInputs, choose, super_experts
+from mcsmoe.grouping.budget import predicted
 from mcsmoe.statistics.outputs import OutputSums
 
 
@@ -177,3 +178,35 @@ def test_super_experts_are_outliers_of_the_model() -> None:
     found = super_experts(largest)
     assert found["b"].nonzero()[:, 0].tolist() == [7]
     assert not found["a"].any()
+
+
+def test_predicted_budget_is_the_cheapest_spread() -> None:
+    """Convex curves: giving up the cheapest next expert is optimal, seen against all spreads."""
+    generator = torch.Generator().manual_seed(0)
+    curves = {}
+    for layer in "abc":
+        rises = torch.rand(5, generator=generator, dtype=torch.float64).sort().values
+        costs = torch.cat([torch.zeros(1, dtype=torch.float64), rises.cumsum(0)])  # from all kept down to none
+        curves[layer] = costs.flip(0)
+        curves[layer][0] = torch.inf
+    found = predicted(curves, 3)
+    assert sum(found.values()) == 9
+    spent = sum(float(curves[layer][kept]) for layer, kept in found.items())
+    every = [
+        sum(float(curves[layer][k]) for layer, k in zip("abc", spread, strict=True))
+        for spread in product(range(1, 6), repeat=3)
+        if sum(spread) == 9
+    ]
+    assert spent == pytest.approx(min(every))
+
+
+def test_predicted_budget_keeps_what_a_layer_must() -> None:
+    steep, flat = (
+        torch.tensor([torch.inf, torch.inf, 9.0, 8.0, 0.0]),
+        torch.tensor([torch.inf, torch.inf, 0.2, 0.1, 0.0]),
+    )
+    assert predicted({"a": steep, "b": flat}, 3) == {"a": 4, "b": 2}
+    with pytest.raises(ValueError, match=r"average is 1, but the layers must keep 4 experts in all, 2.0 on average"):
+        predicted({"a": steep, "b": flat}, 1)
+    even = torch.tensor([torch.inf, torch.inf, 0.5, torch.inf, 0.0])
+    assert predicted({"a": even, "b": even}, 3) == {"a": 2, "b": 4}
