@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.calibration.layer_major import DomainBatch, LayerMajor, Options
 from mcsmoe.calibration.observe import observing
+from mcsmoe.calibration.replay import block_of
 from mcsmoe.calibration.states import States
 from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.statistics.layer import LayerStatistics
@@ -174,3 +175,27 @@ def test_outputs_are_what_the_experts_give(family: str, tmp_path: Path) -> None:
                 kept = (batch.chosen_TK >= 0)[:, :, None]
                 summed = (outputs.outputs_TKD * outputs.weights_TK[:, :, None]).where(kept, 0.0).sum(dim=1)
                 torch.testing.assert_close(summed, returned.pop().reshape(summed.shape), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        ("model.layers.3.mlp", "model.layers.3"),
+        ("encoder.block.1.layer.1.mlp", "encoder.block.1"),  # a list inside the block is part of it
+        ("model.layers.0", "model.layers.0"),  # the block holds router and experts itself
+        ("model.mlp", None),
+    ],
+)
+def test_the_block_of_a_layer_is_a_member_of_the_outermost_list(layer: str, expected: str | None) -> None:
+    lists = {"model.layers", "encoder.block", "encoder.block.1.layer"}
+    assert block_of(layer, lists) == expected
+
+
+def test_a_weight_that_no_file_holds_is_refused_where_it_is_called(tmp_path: Path) -> None:
+    """A product with a tensor without memory would give numbers all the same."""
+    built("mixtral").save_pretrained(tmp_path / "full")
+    major = opened(tmp_path / "full", tmp_path / "work", batches("mixtral"))
+    with major.open():
+        major.residency._below["model.layers.1"].remove("model.layers.1.input_layernorm.weight")
+        with pytest.raises(ValueError, match=r"layers\.1.*input_layernorm.*no such tensor"):
+            list(major.blocks())

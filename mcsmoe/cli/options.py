@@ -98,9 +98,15 @@ def pass_options(arguments: argparse.Namespace) -> Options:
     from mcsmoe import device
     from mcsmoe.calibration.layer_major import Options
 
+    chosen = device.pick(getattr(arguments, "device", "cpu"))
+    if chosen.type == "mps":
+        # Sums are taken in float64, which such a device has not.
+        if arguments.device != "auto":
+            raise ValueError("--device mps has no float64, in which the statistics are summed; use cpu")
+        chosen = device.pick("cpu")
     cache = getattr(arguments, "cache_memory", 2 * 10**9)
     reservoir, seed = getattr(arguments, "reservoir", 64), getattr(arguments, "seed", 0)
-    return Options(device.pick(getattr(arguments, "device", "cpu")), cache, reservoir, seed)
+    return Options(chosen, cache, reservoir, seed)
 
 
 def add_number(parser: argparse.ArgumentParser) -> None:
