@@ -35,8 +35,11 @@ from mcsmoe.workflow.run import (
     described_in,
     hold_lock,
     names_by_task,
+    say_when_nothing_is_planned,
     task_files,
 )
+
+say_when_nothing_is_planned()
 
 try:
     CONFIG = configuration.complete(config)

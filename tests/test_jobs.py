@@ -242,3 +242,27 @@ def test_a_forked_stage_writes_the_same_bits(tmp_path: Path, server: str) -> Non
     )
     assert forked == own
     assert "model.safetensors" in own
+
+
+def test_an_empty_plan_is_said_in_words() -> None:
+    """Under ``--until`` Snakemake counts the jobs beyond and shows a table of no jobs."""
+    import logging
+
+    from mcsmoe.workflow.run import say_when_nothing_is_planned
+
+    logger = logging.getLogger("snakemake.logging")
+    said: list[str] = []
+    before, level, handler = list(logger.filters), logger.level, logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        say_when_nothing_is_planned()
+        logger.info("Job stats: 1", extra={"stats": {"merge": 1, "total": 1}})
+        assert said == ["Job stats: 1"]
+        logger.info("Job stats: 0", extra={"stats": {"total": 0}})
+        assert said[1].startswith("Nothing to be done")
+    finally:
+        logger.filters = before
+        logger.setLevel(level)
+        logger.removeHandler(handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,3 +72,18 @@ def hold_lock(results: Path) -> None:
             f"results is {str(results)!r}, and another workflow is writing there; wait for it or choose another folder"
         ) from error
     _HELD.append(handle)
+
+
+def say_when_nothing_is_planned() -> None:
+    """Have Snakemake say that nothing is to be done wherever its plan is empty.
+
+    Under ``--until`` it counts the jobs beyond too, and ends with a table of no jobs and no word.
+    """
+    logger = logging.getLogger("snakemake.logging")
+
+    def look(record: logging.LogRecord) -> bool:
+        if getattr(record, "stats", {}).get("total") == 0:
+            logger.info("Nothing to be done (all requested files are present and up to date).")
+        return True
+
+    logger.addFilter(look)
