@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, Role
 
@@ -167,21 +166,6 @@ def activation_correlation(
     )
 
 
-def hidden(weights: ExpertWeights, expert: int, inputs_TD: Tensor, activation: ExpertActivation) -> Tensor:
-    """[T, F]: hidden activations of one expert."""
-    return activation(preactivations(weights, expert, inputs_TD))
-
-
-def preactivations(weights: ExpertWeights, expert: int, inputs_TD: Tensor) -> dict[str, Tensor]:
-    """By input projection, [T, F]: outputs of one expert's input projections, biases included."""
-    made = {}
-    for name in weights.names(Role.INPUT):
-        bias = weights.tensors.get(f"{name}_bias")
-        matrix_FD = weights.tensors[name][expert]
-        made[name] = functional.linear(inputs_TD.to(matrix_FD), matrix_FD, None if bias is None else bias[expert])
-    return made
-
-
 def correlation(first_TF: Tensor, second_TF: Tensor) -> Tensor:
     """[F, F] Pearson correlation of the columns of two activations over the same tokens; zero where one is constant."""
     if first_TF.shape[0] < 2:
@@ -212,8 +196,8 @@ def _pair(
     else:
         pooled = (pool_E == pool_E[expert]).nonzero()[:, 0].tolist()
     inputs_TD = torch.cat([tokens[member] for member in pooled])
-    first = hidden(weights, reference, inputs_TD, activation)
-    return correlation(first, first if expert == reference else hidden(weights, expert, inputs_TD, activation))
+    first = weights.hidden(reference, inputs_TD, activation)
+    return correlation(first, first if expert == reference else weights.hidden(expert, inputs_TD, activation))
 
 
 def require_finite(weights: ExpertWeights, layer: LayerId) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 LayerId = str
 """Module path of a sparse layer inside its model, e.g. ``encoder.block.1.layer.1.mlp``; the name in every table."""
@@ -25,6 +26,9 @@ ExpertActivation = Callable[[Mapping[str, Tensor]], Tensor]
 
 Batch = dict[str, Tensor]
 """Arguments of a forward pass by name, each [rows, positions]."""
+
+IGNORED = -100
+"""Label of a position that does not count, as in transformers."""
 
 
 class Role(StrEnum):
@@ -105,6 +109,23 @@ class ExpertWeights:
     def flatten(self) -> Tensor:
         """[E, P]: all parameters of each expert in one row."""
         return torch.cat([tensor.flatten(1) for tensor in self.tensors.values()], dim=1)
+
+    def preactivations(self, expert: int, inputs_TD: Tensor) -> dict[str, Tensor]:
+        """By input projection, [T, F]: what one expert makes of ``inputs_TD`` before its activation, biases included."""
+        return {name: self._project(name, expert, inputs_TD) for name in self.names(Role.INPUT)}
+
+    def hidden(self, expert: int, inputs_TD: Tensor, activation: ExpertActivation) -> Tensor:
+        """[T, F]: hidden activations of one expert."""
+        return activation(self.preactivations(expert, inputs_TD))
+
+    def output(self, expert: int, hidden_TF: Tensor) -> Tensor:
+        """[T, D]: what one expert gives for its hidden activations."""
+        (name,) = self.names(Role.OUTPUT)
+        return self._project(name, expert, hidden_TF)
+
+    def _project(self, name: str, expert: int, inputs_Ti: Tensor) -> Tensor:
+        matrix_oi, bias_Eo = self.tensors[name][expert], self.tensors.get(f"{name}_bias")
+        return linear(inputs_Ti.to(matrix_oi), matrix_oi, None if bias_Eo is None else bias_Eo[expert])
 
     def require_finite(self, layer: LayerId) -> None:
         """Raise ValueError naming layer, tensor and expert if any weight is NaN or infinite."""

@@ -141,9 +141,8 @@ def test_correlations_are_those_of_numpy_over_the_tokens_of_the_pair_or_the_pool
     for pool, members in ((None, (0, 3)), (pool_E, (0, 1, 3))):
         found_EFF = activation_correlation(weights, routed, activation, FIRST, pool)
         inputs_TD = torch.cat([routed[member] for member in members])
-        from mcsmoe.align import hidden
 
-        both = torch.cat([hidden(weights, e, inputs_TD, activation) for e in (0, 3)], dim=1)
+        both = torch.cat([weights.hidden(e, inputs_TD, activation) for e in (0, 3)], dim=1)
         expected = np.corrcoef(both.double().numpy(), rowvar=False)[:12, 12:]
         assert np.abs(found_EFF[3].numpy() - expected).max() < 1e-5
 

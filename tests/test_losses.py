@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mcsmoe.train.loop import decay_groups
-from mcsmoe.train.losses import IGNORED, cross_entropy_sum, distillation_sum, load_balance_sum, router_z_sum
+from mcsmoe.train.losses import cross_entropy_sum, distillation_sum, load_balance_sum, router_z_sum
+from mcsmoe.types import IGNORED
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

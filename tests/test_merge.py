@@ -9,7 +9,7 @@ import torch
 from tiny_experts import LAYOUTS, activation, compute, difference, experts, orders, tokens
 from torch import Tensor
 
-from mcsmoe.align import align_by_tokens, align_by_weight, apply_permutation, preactivations
+from mcsmoe.align import align_by_tokens, align_by_weight, apply_permutation
 from mcsmoe.grouping.weighting import shares
 from mcsmoe.merge import METHODS
 from mcsmoe.merge.base import MergeInputs, grouping_members
@@ -233,15 +233,15 @@ def test_repair_restores_the_statistics_of_pre_activations(layout: str) -> None:
     for group, members in enumerate(grouping_members(GROUPING)):
         inputs_TD = torch.cat([routed[expert] for expert in members.tolist()])
         # Means over a group do not depend on the order of neurons; the sum over neurons does not, either.
-        for name in preactivations(weights, 0, inputs_TD):
-            each = [preactivations(weights, expert, inputs_TD)[name] for expert in members.tolist()]
+        for name in weights.preactivations(0, inputs_TD):
+            each = [weights.preactivations(expert, inputs_TD)[name] for expert in members.tolist()]
             wanted_std = sum(one.std(dim=0).sum() for one in each) / len(each)
             wanted_mean = sum(one.mean(dim=0).sum() for one in each) / len(each)
-            found = preactivations(repaired, group, inputs_TD)[name]
+            found = repaired.preactivations(group, inputs_TD)[name]
             assert float(found.std(dim=0).sum()) == pytest.approx(float(wanted_std), rel=1e-4)
             if "biased" in layout:
                 assert float(found.mean(dim=0).sum()) == pytest.approx(float(wanted_mean), abs=1e-3)
-            shrunk += int(preactivations(collapsed, group, inputs_TD)[name].std(dim=0).sum() < 0.9 * wanted_std)
+            shrunk += int(collapsed.preactivations(group, inputs_TD)[name].std(dim=0).sum() < 0.9 * wanted_std)
     assert shrunk >= 2
 
 
@@ -253,8 +253,8 @@ def test_repair_of_each_neuron_by_hand() -> None:
     merged = METHODS["frequency"](inputs(weights)).weights
     found = rescaled(merged, weights, torch.arange(12).repeat(6, 1), GROUPING, share_E, routed)
     inputs_TD = torch.cat([routed[1], routed[4]])
-    first, second = (preactivations(weights, expert, inputs_TD)["wi"] for expert in (1, 4))
-    after = preactivations(found, 1, inputs_TD)["wi"]
+    first, second = (weights.preactivations(expert, inputs_TD)["wi"] for expert in (1, 4))
+    after = found.preactivations(1, inputs_TD)["wi"]
     assert torch.allclose(after.std(dim=0), 0.75 * first.std(dim=0) + 0.25 * second.std(dim=0), atol=1e-5)
     assert torch.allclose(after.mean(dim=0), 0.75 * first.mean(dim=0) + 0.25 * second.mean(dim=0), atol=1e-5)
     assert torch.equal(found.tensors["wo"], merged.tensors["wo"])

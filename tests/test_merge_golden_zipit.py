@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mcsmoe.align import (
     correlation,
-    hidden,
 )
 from mcsmoe.merge import METHODS
 from mcsmoe.merge.base import Merged, grouping_members
@@ -67,7 +66,7 @@ def _zip_tokens(
 ) -> ExpertWeights:
     inputs_TD = torch.cat([golden.tokens[layer][expert] for expert in experts])
     activation = golden.activation[layer]
-    hidden_TN = torch.cat([hidden(members, e, inputs_TD, activation) for e in range(members.num_experts)], dim=1)
+    hidden_TN = torch.cat([members.hidden(e, inputs_TD, activation) for e in range(members.num_experts)], dim=1)
     return _published_zip(members, correlation(hidden_TN, hidden_TN), coefficient_E, _published_penalty)
 
 

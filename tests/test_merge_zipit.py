@@ -10,7 +10,7 @@ import torch
 from tiny_experts import LAYOUTS, activation, compute, difference, experts, orders, tokens
 from torch import Tensor
 
-from mcsmoe.align import apply_permutation, correlation, hidden
+from mcsmoe.align import apply_permutation, correlation
 from mcsmoe.merge import METHODS
 from mcsmoe.merge.base import MergeInputs
 from mcsmoe.merge.zipit import (
@@ -211,7 +211,7 @@ def test_activations_decide_in_zipit_and_weights_in_zipit_weight() -> None:
     generator = torch.Generator().manual_seed(0)
     rising, apart = torch.rand(50, 1, generator=generator), torch.rand(50, 1, generator=generator)
     inputs_TD = torch.cat([rising, apart, rising, torch.zeros(50, 2)], dim=1)
-    both = torch.cat([hidden(weights, e, inputs_TD, activation) for e in (0, 1)], dim=1)
+    both = torch.cat([weights.hidden(e, inputs_TD, activation) for e in (0, 1)], dim=1)
     slot_N = pair_up(correlation(both, both), 2, torch.ones(4), penalised(ALPHA))
     assert slot_N.tolist() == [0, 1, 1, 0]
     products_NN = inner_products(weights, include_output=False)

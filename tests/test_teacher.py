@@ -10,9 +10,10 @@ import tiny_switch
 import torch
 
 from mcsmoe.data.collate import Tokenised, collate, evaluation_batches
-from mcsmoe.train.losses import IGNORED, cross_entropy_sum, distillation_sum
+from mcsmoe.train.losses import cross_entropy_sum, distillation_sum
 from mcsmoe.train.objectives import RecoveryObjective
 from mcsmoe.train.teacher import TeacherCache, cache_teacher
+from mcsmoe.types import IGNORED
 
 
 def examples(rows: int = 23, seed: int = 5) -> Tokenised:

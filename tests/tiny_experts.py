@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mcsmoe.align import hidden
 from mcsmoe.types import ExpertWeights, Role
 
 LAYOUTS = ("plain", "biased", "gated", "gated-biased")
@@ -37,7 +36,7 @@ def compute(weights: ExpertWeights, expert: int, inputs_TD: Tensor) -> Tensor:
     """[T, D]: output of one expert."""
     (output,) = weights.names(Role.OUTPUT)
     bias = weights.tensors.get(f"{output}_bias")
-    hidden_TF = hidden(weights, expert, inputs_TD, activation)
+    hidden_TF = weights.hidden(expert, inputs_TD, activation)
     return functional.linear(hidden_TF, weights.tensors[output][expert], None if bias is None else bias[expert])
 
 

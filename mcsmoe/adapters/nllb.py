@@ -26,7 +26,6 @@ from transformers.models.nllb_moe.modeling_nllb_moe import (
 
 from mcsmoe.adapters.base import Capture
 from mcsmoe.adapters.redirecting import (
-    IGNORED_LABEL,
     NEVER,
     ExpertShape,
     Place,
@@ -36,7 +35,7 @@ from mcsmoe.adapters.redirecting import (
     recording,
 )
 from mcsmoe.modules import Projection, RedirectedExperts, TopTwoRedirectedExperts
-from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, Role, RoutedBatch, RouterWeights
+from mcsmoe.types import IGNORED, ExpertActivation, ExpertWeights, LayerId, Role, RoutedBatch, RouterWeights
 
 MATRICES = {"fc1": Role.INPUT, "fc2": Role.OUTPUT}
 
@@ -215,5 +214,5 @@ def _mask(call: Mapping[str, Any], layer: LayerId) -> Tensor | None:
     if "decoder" not in layer.split(".layers.")[0].split("."):
         return call.get("attention_mask")
     if call.get("labels") is not None:
-        return call["labels"] != IGNORED_LABEL
+        return call["labels"] != IGNORED
     return call.get("decoder_attention_mask")

@@ -28,8 +28,7 @@ from mcsmoe.modules import (
 )
 from mcsmoe.types import ExpertWeights, LayerId, LayerSpec, LowRankFactors, Novices, Role, RoutedBatch
 
-__all__ = ["IGNORED_LABEL", "NEVER", "ExpertShape", "Place", "RedirectingAdapter", "detached", "newest_positions"]
-IGNORED_LABEL = -100
+__all__ = ["NEVER", "ExpertShape", "Place", "RedirectingAdapter", "detached", "newest_positions"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mcsmoe.data.lines import check_text, json_lines, kind_of, lines
-from mcsmoe.train.losses import IGNORED
+from mcsmoe.types import IGNORED
 
 log = logging.getLogger(__name__)
 

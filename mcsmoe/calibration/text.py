@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mcsmoe.calibration.rows import Row, read_rows
-from mcsmoe.train.losses import IGNORED
+from mcsmoe.types import IGNORED, Batch
 
 __all__ = ["Batch", "Row", "batches", "encoded", "needs_tokenizer", "read_rows", "vocabulary_of"]
 
 log = logging.getLogger(__name__)
-Batch = dict[str, Tensor]
 _TEMPLATE_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, ImportError)
 
 

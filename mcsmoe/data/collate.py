@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mcsmoe.artefacts.atomic import atomic_file
-from mcsmoe.train.losses import IGNORED
+from mcsmoe.types import IGNORED, Batch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Ids = NDArray[np.int32]
 Offsets = NDArray[np.int64]
-Batch = dict[str, Tensor]
 
 _MEGA = 50  # batches sorted by length together: enough to pad little, few enough to keep the order random
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mcsmoe.train.losses import IGNORED
-from mcsmoe.types import Batch
+from mcsmoe.types import IGNORED, Batch
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from mcsmoe.checkpoint.load import load_model
 from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.export.change import Change, divergence, logits_change, real_logits
-from mcsmoe.train.losses import IGNORED
-from mcsmoe.types import Batch
+from mcsmoe.types import IGNORED, Batch
 
 
 @dataclass(frozen=True)

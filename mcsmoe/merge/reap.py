@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from mcsmoe.align import hidden
 from mcsmoe.grouping.kept import keep_highest
 from mcsmoe.merge.base import Merged, MergeInputs
 from mcsmoe.merge.prune import keep
-from mcsmoe.types import ExpertActivation, ExpertWeights, Role
+from mcsmoe.types import ExpertActivation, ExpertWeights
 
 
 @torch.no_grad()
@@ -28,14 +26,10 @@ def saliency(
         activation: from the outputs of the input projections to the hidden activation.
     """
     made_E = torch.zeros(weights.num_experts, dtype=torch.float64)
-    (output,) = weights.names(Role.OUTPUT)
-    bias_ED = weights.tensors.get(f"{output}_bias")
     for expert, (inputs_TD, gate_T) in enumerate(zip(tokens, gates, strict=True)):
         if len(inputs_TD) == 0:
             continue
-        hidden_TF = hidden(weights, expert, inputs_TD, activation)
-        bias_D = None if bias_ED is None else bias_ED[expert]
-        norm_T = functional.linear(hidden_TF, weights.tensors[output][expert], bias_D).double().norm(dim=1)
+        norm_T = weights.output(expert, weights.hidden(expert, inputs_TD, activation)).double().norm(dim=1)
         made_E[expert] = (norm_T * gate_T.to(norm_T)).mean().cpu()
     return made_E
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mcsmoe.align import Alignment, align_by_tokens, align_by_weight, preactivations
+from mcsmoe.align import Alignment, align_by_tokens, align_by_weight
 from mcsmoe.grouping.weighting import shares
 from mcsmoe.merge.base import Merged, MergeInputs, grouping_members, weighted_average
 from mcsmoe.merge.git_rebasin import group_reference
@@ -103,7 +103,7 @@ def rescaled(
 def _moments(weights: ExpertWeights, expert: int, inputs_TD: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """By input projection, float64 mean and standard deviation [F] of the pre-activations."""
     made = {}
-    for name, outputs_TF in preactivations(weights, expert, inputs_TD).items():
+    for name, outputs_TF in weights.preactivations(expert, inputs_TD).items():
         std_F, mean_F = torch.std_mean(outputs_TF.double(), dim=0)
         made[name] = (mean_F, std_F)
     return made

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mcsmoe.align import correlation, hidden, require_finite
+from mcsmoe.align import correlation, require_finite
 from mcsmoe.grouping.weighting import shares
 from mcsmoe.merge.base import Merged, MergeInputs, grouping_members
 from mcsmoe.types import ExpertWeights, Role
@@ -198,7 +198,7 @@ def _merge(inputs: MergeInputs, by_activation: bool) -> Merged:
             tokens, activation = inputs.require_tokens("ZipIt")
             inputs_TD = torch.cat([tokens[expert] for expert in experts.tolist()])
             if len(inputs_TD) >= 2:
-                hidden_TN = torch.cat([hidden(members, e, inputs_TD, activation) for e in range(len(experts))], dim=1)
+                hidden_TN = torch.cat([members.hidden(e, inputs_TD, activation) for e in range(len(experts))], dim=1)
                 similarity_NN, rule = correlation(hidden_TN, hidden_TN), penalised(ALPHA)
         if similarity_NN is None:
             similarity_NN = ward_similarity(inner_products(members), coefficient_N)

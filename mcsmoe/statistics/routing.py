@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mcsmoe.statistics.gram import column_gram
 from mcsmoe.statistics.layer import LayerStatistics
 from mcsmoe.statistics.outputs import ChosenOutputs, OutputSums
 from mcsmoe.statistics.reservoir import Reservoir, keys
 from mcsmoe.statistics.segments import expert_sums
-from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, Role, RoutedBatch
+from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, RoutedBatch
 
 __all__ = ["LayerStatistics", "RoutingStatistics"]
 
@@ -282,21 +281,12 @@ def _take_outputs(
 
 def _saliency(batch: RoutedBatch, weights: ExpertWeights, activation: ExpertActivation) -> Tensor:
     """float64 [E]: per expert, sum over its tokens of combine weight times L2 norm of its output."""
-    # Not at the top: only this needs the module, which imports a solver.
-    from mcsmoe.align import hidden
-
     total_E = torch.zeros(weights.num_experts, dtype=torch.float64, device=batch.inputs_TD.device)
     token_N, expert_N, gate_N = _pairs(batch)
     gate_TE = torch.zeros(batch.logits_TE.shape, dtype=torch.float64, device=gate_N.device)
     gate_TE[token_N, expert_N] = gate_N.double()
     for expert, rows_N in _by_expert(token_N, expert_N, weights.num_experts):
-        hidden_NF = hidden(weights, expert, batch.inputs_TD[rows_N], activation)
-        norm_N = torch.linalg.vector_norm(_output(weights, expert, hidden_NF), dim=1, dtype=torch.float64)
+        hidden_NF = weights.hidden(expert, batch.inputs_TD[rows_N], activation)
+        norm_N = torch.linalg.vector_norm(weights.output(expert, hidden_NF), dim=1, dtype=torch.float64)
         total_E[expert] = gate_TE[rows_N, expert] @ norm_N
     return total_E
-
-
-def _output(weights: ExpertWeights, expert: int, hidden_NF: Tensor) -> Tensor:
-    (name,) = weights.names(Role.OUTPUT)
-    bias_ED = weights.tensors.get(f"{name}_bias")
-    return functional.linear(hidden_NF, weights.tensors[name][expert], None if bias_ED is None else bias_ED[expert])

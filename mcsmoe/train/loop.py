@@ -23,9 +23,9 @@ from mcsmoe.artefacts.tables import SCHEMAS
 from mcsmoe.console import progress
 from mcsmoe.train import processes
 from mcsmoe.train.state import StateStore
+from mcsmoe.types import IGNORED, Batch
 
 log = logging.getLogger(__name__)
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class Trainer:
                 self.pruner.load_state_dict(state)
             kept = self.pruner.apply(step)
         tokens = sum(int(batch[name].sum()) for name in ("attention_mask",) if name in batch)
-        tokens += int((batch["labels"] != -100).sum())
+        tokens += int((batch["labels"] != IGNORED).sum())
         return {
             "step": step + 1,
             "epoch": (step + 1) / plan.steps_per_epoch,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mcsmoe.adapters.base import Adapter
-from mcsmoe.train.losses import IGNORED, cross_entropy_sum, distillation_sum, load_balance_sum, router_z_sum
+from mcsmoe.train.losses import cross_entropy_sum, distillation_sum, load_balance_sum, router_z_sum
 from mcsmoe.train.processes import summed as summed_over_processes
 from mcsmoe.train.teacher import TeacherCache
-from mcsmoe.types import LayerId
+from mcsmoe.types import IGNORED, LayerId
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mcsmoe.train.losses import IGNORED
+from mcsmoe.types import IGNORED
 
 if TYPE_CHECKING:
     from transformers import SwitchTransformersForConditionalGeneration, T5ForConditionalGeneration

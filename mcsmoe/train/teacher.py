@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.digests import check_sums
 from mcsmoe.console import progress
-from mcsmoe.train.losses import IGNORED
+from mcsmoe.types import IGNORED
 
 _STATES, _OFFSETS, _OUTPUT, _INFO = "states.npy", "offsets.npy", "output.safetensors", "teacher.json"
 

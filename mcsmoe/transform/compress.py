@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mcsmoe import align, modules
+from mcsmoe import modules
 from mcsmoe.compress.lowrank import decompose, decompose_whitened
 from mcsmoe.console import progress
 from mcsmoe.modules import LowRankProjection, RedirectedExperts
@@ -123,7 +123,7 @@ def _grams(
     inputs: dict[str, list[Tensor]] = {name: [] for name in weights.names(Role.INPUT, Role.OUTPUT)}
     for group in range(groups):
         routed_TD = torch.cat([tokens[expert] for expert in (table == group).nonzero()[:, 0].tolist()])
-        hidden_TF = align.hidden(weights, group, routed_TD, activation)
+        hidden_TF = weights.hidden(group, routed_TD, activation)
         for name, role in weights.roles.items():
             if name in inputs:
                 received = (routed_TD if role is Role.INPUT else hidden_TF).double()
