@@ -15,17 +15,12 @@ from typing import Any
 import pandas as pd
 
 from mcsmoe.artefacts.atomic import atomic_file
+from mcsmoe.artefacts.layout import TITLES
 from mcsmoe.report import paper, plots
 from mcsmoe.report.drawing import FULL, svg
 from mcsmoe.report.tables import UNITS, all_scores, cost_settings, rule_times, seed_means, task_rows
 from mcsmoe.report.words import join, scaled, words_for_task
 
-_STAGE_NAMES = {
-    "pretrain": "pre-training",
-    "finetune": "fine-tuning of the full model",
-    "recover": "recovery after merging",
-    "compress": "compression of the recovered model",
-}
 Labelled = tuple[Mapping[str, Any], pd.DataFrame]
 
 
@@ -109,7 +104,7 @@ def _training_pictures(curves: Sequence[Labelled], name: str) -> list[Picture]:
         part = [(labels, frame) for labels, frame in curves if labels["stage"] == stage and len(frame)]
         if not part:
             continue
-        label = _STAGE_NAMES.get(stage, stage)
+        label = TITLES.get(stage, stage)
         seconds = sum(float(frame["seconds"].sum()) for _, frame in part)
         longest = max(len(frame) for _, frame in part)
         caption = f"Training loss during {label}, smoothed; up to {longest:,} steps, {scaled(seconds, 1.0)} s of training in all."

@@ -12,17 +12,11 @@ from typing import Any
 import pandas as pd
 
 from mcsmoe import methods
+from mcsmoe.artefacts.layout import FULL_CHECKPOINT, Places, checkpoints, stage_of
 from mcsmoe.artefacts.tables import read_table
 from mcsmoe.report.page import ReportInputs
 from mcsmoe.results.summary import Run
 
-_STAGES = {
-    "full": "finetune",
-    "finetuned": "finetune",
-    "pruned": "prune",
-    "recovered": "recover",
-    "compressed": "compress",
-}
 _PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "pandas", "pyarrow", "snakemake", "mlflow")
 
 
@@ -52,14 +46,15 @@ class Results:
     def curves(self, run: Run) -> dict[str, pd.DataFrame]:
         """Training curves of a method by stage, in the order they were run."""
         found: dict[str, pd.DataFrame] = {}
-        base = {methods.FULL: "training.parquet", methods.DENSE: "dense_training/training.parquet"}.get(run.variant)
-        if base is not None:
-            found["pretrain"] = read_table(self.folder / "base" / f"seed{run.seed}" / base, "training")
-        for stage in _STAGES:
-            name = stage if stage == "full" else f"{run.variant}/{run.experts}e/{stage}"
-            path = run.folder / f"{name}_training" / "training.parquet"
-            if path.is_file() and (stage == "full") == (run.variant == methods.FULL):
-                found[_STAGES[stage]] = read_table(path, "training")
+        if run.variant in (methods.FULL, methods.DENSE):
+            path = Places(str(self.folder)).pretraining(run.seed, dense=run.variant == methods.DENSE)
+            found["pretrain"] = read_table(Path(path), "training")
+        for name in checkpoints():
+            full = name == FULL_CHECKPOINT
+            checkpoint = name if full else f"{run.variant}/{run.experts}e/{name}"
+            table = Path(run.places.table(checkpoint, "training"))
+            if table.is_file() and full == (run.variant == methods.FULL):
+                found[stage_of(name).section] = read_table(table, "training")
         return {stage: curve for stage, curve in found.items() if len(curve)}
 
     # -- report --------------------------------------------------------------------------------------------------
@@ -76,7 +71,7 @@ class Results:
             cost=pd.concat([read_table(run.table("cost"), "cost") for run in self.runs], ignore_index=True),
             training=training,
             routing=[
-                ({"task": task, "seed": seed}, read_table(run.folder / "routing.parquet", "routing"))
+                ({"task": task, "seed": seed}, read_table(Path(run.places.routing), "routing"))
                 for (task, seed), run in places.items()
             ],
             groups=[(run.labels, read_table(run.groups, "groups")) for run in self.final if run.groups is not None],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mcsmoe.artefacts.layout import Places, RunPlaces
 from mcsmoe.methods import FULL
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ class Run:
     variant: str
     experts: int
     checkpoint: str
-    folder: Path
+    places: RunPlaces
 
     @staticmethod
     def all(entries: Iterable[Mapping[str, Any]], results: Path) -> list[Run]:
         """The runs that the workflow lists."""
-        return [Run(**entry, folder=results / entry["task"] / f"seed{entry['seed']}") for entry in entries]
+        places = Places(str(results))
+        return [Run(**entry, places=places.run(entry["task"], entry["seed"])) for entry in entries]
 
     @property
     def stage(self) -> str:
@@ -42,13 +44,12 @@ class Run:
 
     def table(self, kind: str) -> Path:
         """Path of ``predictions``, ``metrics``, ``cost``, ``training`` or ``selection`` of the checkpoint."""
-        place = {"predictions": "evaluation", "metrics": "evaluation", "cost": "cost"}.get(kind, "training")
-        return self.folder / f"{self.checkpoint}_{place}" / f"{kind}.parquet"
+        return Path(self.places.table(self.checkpoint, kind))
 
     @property
     def groups(self) -> Path | None:
         """The grouping that the checkpoint rests on, if it merged anything itself."""
-        path = self.folder / self.variant / f"{self.experts}e" / "groups.parquet"
+        path = Path(self.places.groups(self.variant, self.experts))
         return path if path.is_file() else None
 
 
@@ -103,7 +104,7 @@ def positive_of(run: Run) -> str:
     from mcsmoe.artefacts.tables import read_table
     from mcsmoe.evaluate.metrics import positive_answer
 
-    examples = read_table(run.folder / "examples" / "validation.parquet", "examples")
+    examples = read_table(Path(run.places.examples("validation")), "examples")
     return positive_answer(examples["choices"].tolist())
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 def ending(results: Path) -> str:
     """The result table, where the report is, and how to open the tracked runs; empty until everything is summarised."""
+    from mcsmoe.artefacts.layout import Places
     from mcsmoe.artefacts.tables import read_table
     from mcsmoe.results.summary import as_text
 
-    if not (results / "summary.parquet").is_file():
+    file = Path(Places(str(results)).summary)
+    if not file.is_file():
         return ""
-    summary = read_table(results / "summary.parquet", "summary")
-    report = results / "report.html"
+    summary = read_table(file, "summary")
+    report = Places(str(results)).report
     return "\n".join(
         [
             "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -28,7 +29,7 @@ def records(found: Results, summary: pd.DataFrame) -> list[RunRecord]:
         mine = [one for one in found.runs if tuple(getattr(one, name) for name in _KEYS) == key]
         metrics = pd.concat([read_table(one.table("metrics"), "metrics") for one in mine], ignore_index=True)
         cost = {str(name): value for name, value in read_table(run.table("cost"), "cost").iloc[0].items()}
-        routing = read_table(run.folder / "routing.parquet", "routing")
+        routing = read_table(Path(run.places.routing), "routing")
         tables = {"metrics": metrics, "routing": routing}
         figures: dict[str, Any] = {"usage": partial(plots.usage, routing)}
         if run.groups is not None:
@@ -36,7 +37,7 @@ def records(found: Results, summary: pd.DataFrame) -> list[RunRecord]:
             figures["groups"] = partial(plots.grouping, tables["groups"])
             # Task-specific pruning compares no experts.
             if known[run.variant].merge != methods.TASK_SPECIFIC:
-                tables["similarity"] = read_table(run.groups.with_name("similarity.parquet"), "similarity")
+                tables["similarity"] = read_table(Path(run.places.similarity(run.variant, run.experts)), "similarity")
                 figures["similarity"] = partial(plots.similarity, tables["similarity"])
         made.append(
             RunRecord(
