@@ -120,6 +120,10 @@ class RunPlaces:
         """Table ``similarity`` of a method."""
         return f"{self.method(variant, experts)}/similarity.parquet"
 
+    def checkpoint(self, checkpoint: str) -> str:
+        """The folder of a checkpoint, by its path here."""
+        return f"{self.folder}/{checkpoint}"
+
     def table(self, checkpoint: str, kind: str) -> str:
         """Table ``predictions``, ``metrics``, ``cost``, ``training`` or ``selection`` of a checkpoint, by its path here."""
         place = {"predictions": "evaluation", "metrics": "evaluation", "cost": "cost"}.get(kind, "training")
