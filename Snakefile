@@ -39,8 +39,8 @@ include: "rules/publish.smk"
 rule all:
     default_target: True
     input:
-        f"{RESULTS}/report.html",
-        f"{RESULTS}/published.json",
+        PLACES.report,
+        PLACES.published,
 
 
 onstart:

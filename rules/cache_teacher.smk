@@ -1,13 +1,12 @@
 rule cache_teacher:
     # The full model answers the training set once; every student learns from what is kept here.
     input:
-        model=f"{RUN}/full",
-        train=f"{RUN}/examples/train.parquet",
+        model=RUN.full,
+        train=RUN.examples("train"),
     output:
-        teacher=directory(f"{RUN}/teacher"),
+        teacher=directory(RUN.teacher),
     log:
-        messages=f"{LOGS}/cache_teacher/{{task}}-seed{{seed}}.log",
-        usage=f"{BENCHMARKS}/cache_teacher/{{task}}-seed{{seed}}.tsv",
+        **logs("cache_teacher", "{task}-seed{seed}"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["evaluate"]["threads"]
@@ -16,10 +15,7 @@ rule cache_teacher:
         runtime=120,
         gpu=GPUS,
     params:
-        code=code("cache_teacher"),
-        launcher=LAUNCHER,
-        launch=LAUNCH,
-        script=script("cache_teacher"),
+        **job("cache_teacher"),
         device=DEVICE,
         tokens=TOKENS,
         options=as_flags(
@@ -29,7 +25,6 @@ rule cache_teacher:
     message:
         "cache the teacher of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --train {input.train:q} --device={params.device:q} "
+        START
+        + "--model {input.model:q} --train {input.train:q} --device={params.device:q} "
         "--out {output.teacher:q} --tokens {params.tokens:q} {params.limits} {params.options} "
-        "--log {log.messages:q}"

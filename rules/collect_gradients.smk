@@ -1,13 +1,12 @@
 rule collect_gradients:
     # Gradients and their squares on the calibration examples, for the methods that ask for them.
     input:
-        model=f"{RUN}/full",
-        train=f"{RUN}/examples/train.parquet",
+        model=RUN.full,
+        train=RUN.examples("train"),
     output:
-        gradients=f"{RUN}/gradients.safetensors",
+        gradients=RUN.gradients,
     log:
-        messages=f"{LOGS}/collect_gradients/{{task}}-seed{{seed}}.log",
-        usage=f"{BENCHMARKS}/collect_gradients/{{task}}-seed{{seed}}.tsv",
+        **logs("collect_gradients", "{task}-seed{seed}"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["calibration"]["threads"]
@@ -16,10 +15,7 @@ rule collect_gradients:
         runtime=120,
         gpu=GPUS,
     params:
-        code=code("collect_gradients"),
-        launcher=LAUNCHER,
-        launch=LAUNCH,
-        script=script("collect_gradients"),
+        **job("collect_gradients"),
         device=DEVICE,
         tokens=TOKENS,
         options=as_flags(
@@ -29,7 +25,6 @@ rule collect_gradients:
     message:
         "collect gradients of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device={params.device:q} "
+        START
+        + "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device={params.device:q} "
         "--gradients {output.gradients:q} --tokens {params.tokens:q} {params.limits} {params.options} "
-        "--log {log.messages:q}"

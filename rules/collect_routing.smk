@@ -1,14 +1,13 @@
 rule collect_routing:
     # One streaming pass over calibration examples: what each expert receives, and what every similarity needs.
     input:
-        model=f"{RUN}/full",
-        train=f"{RUN}/examples/train.parquet",
+        model=RUN.full,
+        train=RUN.examples("train"),
     output:
-        table=f"{RUN}/routing.parquet",
-        statistics=f"{RUN}/routing.safetensors",
+        table=RUN.routing,
+        statistics=RUN.statistics,
     log:
-        messages=f"{LOGS}/collect_routing/{{task}}-seed{{seed}}.log",
-        usage=f"{BENCHMARKS}/collect_routing/{{task}}-seed{{seed}}.tsv",
+        **logs("collect_routing", "{task}-seed{seed}"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["calibration"]["threads"]
@@ -17,10 +16,7 @@ rule collect_routing:
         runtime=120,
         gpu=GPUS,
     params:
-        code=code("collect_routing"),
-        launcher=LAUNCHER,
-        launch=LAUNCH,
-        script=script("collect_routing"),
+        **job("collect_routing"),
         device=DEVICE,
         tokens=TOKENS,
         options=options("calibration"),
@@ -29,8 +25,7 @@ rule collect_routing:
     message:
         "collect routing statistics of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device={params.device:q} "
+        START
+        + "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device={params.device:q} "
         "--table {output.table:q} --statistics {output.statistics:q} "
         "--tokens {params.tokens:q} {params.limits} {params.options} {params.extras} "
-        "--log {log.messages:q}"

@@ -24,6 +24,13 @@ os.environ.update(
 if workflow.basedir not in sys.path:
     sys.path.insert(0, workflow.basedir)
 
+from mcsmoe.artefacts.layout import (
+    ALIGNED,
+    STAGES,
+    Places,
+    checkpoint_pattern,
+    stage_of,
+)
 from mcsmoe.workflow import config as configuration
 from mcsmoe import methods
 from mcsmoe.workflow import provenance
@@ -50,15 +57,14 @@ except ValueError as error:
     raise WorkflowError(f"configuration: {error}")
 
 RESULTS = CONFIG["results"]
-LOGS = f"{RESULTS}/logs"
-BENCHMARKS = f"{RESULTS}/benchmarks"
+PLACES = Places(RESULTS)
+RUN = PLACES.run("{task}", "{seed}")
+BASE = PLACES.base("{seed}")
+STATE, TOKENS = PLACES.state, PLACES.tokens
 DEVICE = CONFIG["device"]
 GPUS = 0 if DEVICE == "cpu" else 1  # of a process
 PROCESSES = CONFIG["processes"]
 CONFIG_JSON = json.dumps(CONFIG, sort_keys=True)
-RUN = f"{RESULTS}/{{task}}/seed{{seed}}"
-STATE = f"{RESULTS}/.state"
-TOKENS = f"{STATE}/tokens"
 SCRIPTS = {
     file.stem: file for file in Path(workflow.basedir, "workflow_scripts").glob("*.py")
 }
@@ -90,11 +96,11 @@ wildcard_constraints:
     variant=r"[^/]+",
     experts=r"\d+",
     how="(-weight-input|-activation)?",
-    checkpoint=r"full|[^/]+/\d+e/(merged|pruned|recovered|compressed|finetuned)",
+    checkpoint=checkpoint_pattern(),
 
 
 # Stages that select a checkpoint by how it answers.
-TRAIN_ON_TASK = ("finetune", "recover", "compress")
+TRAIN_ON_TASK = [stage.section for stage in STAGES if stage.trains and stage.on_task]
 
 
 def code(name):
@@ -108,6 +114,36 @@ def script(name):
     A path and not text: Snakemake compares parameters that are text, and a project that was moved must rerun nothing.
     """
     return Path(os.path.relpath(SCRIPTS[name]))
+
+
+def job(name, launch=LAUNCH):
+    """How a stage's script is started, and the code that its result depends on, as parameters of its rule."""
+    return {
+        "code": code(name),
+        "launcher": LAUNCHER,
+        "launch": launch,
+        "script": script(name),
+    }
+
+
+def logs(name, job):
+    """What a job says, and what it used."""
+    return {
+        "messages": f"{PLACES.logs}/{name}/{job}.log",
+        "usage": f"{PLACES.benchmarks}/{name}/{job}.tsv",
+    }
+
+
+# Begins the command of every rule; its own options follow.
+START = (
+    "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
+    "--log {log.messages:q} "
+)
+
+
+def own(checkpoint):
+    """Path of a checkpoint of the method in the wildcards, in its run."""
+    return f"{{variant}}/{{experts}}e/{checkpoint}"
 
 
 def options(section, **changes):

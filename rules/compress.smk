@@ -2,17 +2,16 @@ rule compress:
     # Split every expert into low-rank and sparse parts, and prune the sparse part row by row while training.
     input:
         model=before_compression,
-        train=f"{RUN}/examples/train.parquet",
-        selection=f"{RUN}/examples/selection.parquet",
+        train=RUN.examples("train"),
+        selection=RUN.examples("selection"),
         teacher=teacher("compress"),
         routing=whitening_input,
     output:
-        model=directory(f"{RUN}/{{variant}}/{{experts}}e/compressed"),
-        training=f"{RUN}/{{variant}}/{{experts}}e/compressed_training/training.parquet",
-        selection=f"{RUN}/{{variant}}/{{experts}}e/compressed_training/selection.parquet",
+        model=directory(RUN.checkpoint(own("compressed"))),
+        training=RUN.table(own("compressed"), "training"),
+        selection=RUN.table(own("compressed"), "selection"),
     log:
-        messages=f"{LOGS}/compress/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
-        usage=f"{BENCHMARKS}/compress/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv",
+        **logs("compress", "{task}-seed{seed}-{variant}-{experts}e"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["compress"]["threads"] * PROCESSES
@@ -21,10 +20,7 @@ rule compress:
         runtime=600,
         gpu=GPUS * PROCESSES,
     params:
-        code=code("compress"),
-        launcher=LAUNCHER,
-        launch=TOGETHER,
-        script=script("compress"),
+        **job("compress", TOGETHER),
         device=DEVICE,
         given=given("teacher", "routing"),
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-compressed",
@@ -37,9 +33,9 @@ rule compress:
     message:
         "compress {wildcards.variant} {wildcards.experts}e on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
+        START
+        + "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.method} {params.excluded} "
-        "{params.given} --log {log.messages:q}"
+        "{params.given}"

@@ -1,14 +1,13 @@
 rule evaluate:
     # Answers of a checkpoint on the validation split, and its scores with their intervals.
     input:
-        model=f"{RUN}/{{checkpoint}}",
-        examples=f"{RUN}/examples/validation.parquet",
+        model=RUN.checkpoint("{checkpoint}"),
+        examples=RUN.examples("validation"),
     output:
-        predictions=f"{RUN}/{{checkpoint}}_evaluation/predictions.parquet",
-        metrics=f"{RUN}/{{checkpoint}}_evaluation/metrics.parquet",
+        predictions=RUN.table("{checkpoint}", "predictions"),
+        metrics=RUN.table("{checkpoint}", "metrics"),
     log:
-        messages=f"{LOGS}/evaluate/{{task}}-seed{{seed}}/{{checkpoint}}.log",
-        usage=f"{BENCHMARKS}/evaluate/{{task}}-seed{{seed}}/{{checkpoint}}.tsv",
+        **logs("evaluate", "{task}-seed{seed}/{checkpoint}"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["evaluate"]["threads"]
@@ -17,10 +16,7 @@ rule evaluate:
         runtime=120,
         gpu=GPUS,
     params:
-        code=code("evaluate"),
-        launcher=LAUNCHER,
-        launch=LAUNCH,
-        script=script("evaluate"),
+        **job("evaluate"),
         device=DEVICE,
         task=lambda wildcards: TASKS[wildcards.task],
         names=labels_of,
@@ -29,9 +25,8 @@ rule evaluate:
     message:
         "evaluate {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --task={params.task:q} --examples {input.examples:q} "
+        START
+        + "--model {input.model:q} --task={params.task:q} --examples {input.examples:q} "
         "--seed {wildcards.seed} {params.names} --device={params.device:q} "
         "--predictions {output.predictions:q} --metrics {output.metrics:q} "
         "{params.limits} {params.options} "
-        "--log {log.messages:q}"

@@ -1,16 +1,15 @@
 rule finetune:
     # Train the full model on the task, every expert and the router.
     input:
-        model=f"{RESULTS}/base/seed{{seed}}/model",
-        train=f"{RUN}/examples/train.parquet",
-        selection=f"{RUN}/examples/selection.parquet",
+        model=f"{BASE}/model",
+        train=RUN.examples("train"),
+        selection=RUN.examples("selection"),
     output:
-        model=directory(f"{RUN}/full"),
-        training=f"{RUN}/full_training/training.parquet",
-        selection=f"{RUN}/full_training/selection.parquet",
+        model=directory(RUN.full),
+        training=RUN.table("full", "training"),
+        selection=RUN.table("full", "selection"),
     log:
-        messages=f"{LOGS}/finetune/{{task}}-seed{{seed}}.log",
-        usage=f"{BENCHMARKS}/finetune/{{task}}-seed{{seed}}.tsv",
+        **logs("finetune", "{task}-seed{seed}"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["finetune"]["threads"] * PROCESSES
@@ -19,10 +18,7 @@ rule finetune:
         runtime=600,
         gpu=GPUS * PROCESSES,
     params:
-        code=code("finetune"),
-        launcher=LAUNCHER,
-        launch=TOGETHER,
-        script=script("finetune"),
+        **job("finetune", TOGETHER),
         device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/full",
         tokens=TOKENS,
@@ -33,33 +29,28 @@ rule finetune:
     message:
         "fine-tune the full model on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
+        START
+        + "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} "
         "{params.dense} "
-        "--log {log.messages:q}"
 
 
 use rule finetune as finetune_dense with:
     # The same of a model without experts, to compare with.
     input:
-        model=f"{RESULTS}/base/seed{{seed}}/dense",
-        train=f"{RUN}/examples/train.parquet",
-        selection=f"{RUN}/examples/selection.parquet",
+        model=f"{BASE}/dense",
+        train=RUN.examples("train"),
+        selection=RUN.examples("selection"),
     output:
-        model=directory(f"{RUN}/{{variant}}/1e/finetuned"),
-        training=f"{RUN}/{{variant}}/1e/finetuned_training/training.parquet",
-        selection=f"{RUN}/{{variant}}/1e/finetuned_training/selection.parquet",
+        model=directory(RUN.checkpoint("{variant}/1e/finetuned")),
+        training=RUN.table("{variant}/1e/finetuned", "training"),
+        selection=RUN.table("{variant}/1e/finetuned", "selection"),
     log:
-        messages=f"{LOGS}/finetune/{{task}}-seed{{seed}}-{{variant}}.log",
-        usage=f"{BENCHMARKS}/finetune/{{task}}-seed{{seed}}-{{variant}}.tsv",
+        **logs("finetune", "{task}-seed{seed}-{variant}"),
     params:
-        code=code("finetune"),
-        launcher=LAUNCHER,
-        launch=TOGETHER,
-        script=script("finetune"),
+        **job("finetune", TOGETHER),
         device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}",
         tokens=TOKENS,

@@ -1,11 +1,10 @@
 rule generate_data:
     # Data sets in the hub's own schema from the generator, so that everything after this reads real files.
     output:
-        train=f"{RESULTS}/data/{{task}}/train.parquet",
-        validation=f"{RESULTS}/data/{{task}}/validation.parquet",
+        train=PLACES.data("{task}", "train"),
+        validation=PLACES.data("{task}", "validation"),
     log:
-        messages=f"{LOGS}/generate_data/{{task}}.log",
-        usage=f"{BENCHMARKS}/generate_data/{{task}}.tsv",
+        **logs("generate_data", "{task}"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: 1
@@ -13,17 +12,12 @@ rule generate_data:
         mem_mb=800,
         runtime=10,
     params:
-        code=code("generate_data"),
-        launcher=LAUNCHER,
-        launch=FRESH,
-        script=script("generate_data"),
+        **job("generate_data", FRESH),
         task=lambda wildcards: TASKS[wildcards.task],
         options=data_options("seed", "train_rows", "validation_rows"),
     message:
         "generate data for {wildcards.task}"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--task={params.task:q} "
+        START + "--task={params.task:q} "
         "--train {output.train:q} --validation {output.validation:q} "
         "{params.options} "
-        "--log {log.messages:q}"

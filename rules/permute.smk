@@ -3,11 +3,10 @@ rule permute:
     input:
         unpack(alignment_input),
     output:
-        model=directory(f"{RUN}/permuted{{how}}"),
-        permutation=f"{RUN}/permutation{{how}}.parquet",
+        model=directory(RUN.permuted("{how}")),
+        permutation=RUN.permutation("{how}"),
     log:
-        messages=f"{LOGS}/permute/{{task}}-seed{{seed}}{{how}}.log",
-        usage=f"{BENCHMARKS}/permute/{{task}}-seed{{seed}}{{how}}.tsv",
+        **logs("permute", "{task}-seed{seed}{how}"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["merge"]["threads"]
@@ -15,17 +14,13 @@ rule permute:
         mem_mb=2000,
         runtime=60,
     params:
-        code=code("permute"),
-        launcher=LAUNCHER,
-        launch=LAUNCH,
-        script=script("permute"),
+        **job("permute"),
         given=given("routing"),
         alignment=lambda wildcards: (wildcards.how or "-weight")[1:],
         options=as_flags({"threads": CONFIG["merge"]["threads"]}),
     message:
         "align the experts of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --alignment={params.alignment:q} "
+        START + "--model {input.model:q} --alignment={params.alignment:q} "
         "--out {output.model:q} --permutation {output.permutation:q} {params.options} "
-        "{params.given} --log {log.messages:q}"
+        "{params.given}"

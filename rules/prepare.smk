@@ -3,11 +3,10 @@ rule prepare:
     input:
         unpack(pretraining_input(CHECKPOINT)),
     output:
-        model=directory(f"{RESULTS}/base/seed{{seed}}/model"),
-        training=f"{RESULTS}/base/seed{{seed}}/training.parquet",
+        model=directory(f"{BASE}/model"),
+        training=PLACES.pretraining("{seed}"),
     log:
-        messages=f"{LOGS}/prepare/seed{{seed}}.log",
-        usage=f"{BENCHMARKS}/prepare/seed{{seed}}.tsv",
+        **logs("prepare", "seed{seed}"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["pretrain"]["threads"] * PROCESSES
@@ -16,10 +15,7 @@ rule prepare:
         runtime=600,
         gpu=GPUS * PROCESSES,
     params:
-        code=code("prepare"),
-        launcher=LAUNCHER,
-        launch=TOGETHER,
-        script=script("prepare"),
+        **job("prepare", TOGETHER),
         device=DEVICE,
         state=f"{STATE}/base/seed{{seed}}",
         source=model_source(CHECKPOINT),
@@ -27,11 +23,9 @@ rule prepare:
     message:
         "prepare the base model, seed {wildcards.seed}"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "{params.source} --seed {wildcards.seed} --device={params.device:q} "
+        START + "{params.source} --seed {wildcards.seed} --device={params.device:q} "
         "--model {output.model:q} --training {output.training:q} --state {params.state:q} "
         "{params.options} "
-        "--log {log.messages:q}"
 
 
 use rule prepare as prepare_dense with:
@@ -39,16 +33,12 @@ use rule prepare as prepare_dense with:
     input:
         unpack(pretraining_input(DENSE_CHECKPOINT)),
     output:
-        model=directory(f"{RESULTS}/base/seed{{seed}}/dense"),
-        training=f"{RESULTS}/base/seed{{seed}}/dense_training/training.parquet",
+        model=directory(f"{BASE}/dense"),
+        training=PLACES.pretraining("{seed}", dense=True),
     log:
-        messages=f"{LOGS}/prepare/seed{{seed}}-dense.log",
-        usage=f"{BENCHMARKS}/prepare/seed{{seed}}-dense.tsv",
+        **logs("prepare", "seed{seed}-dense"),
     params:
-        code=code("prepare"),
-        launcher=LAUNCHER,
-        launch=TOGETHER,
-        script=script("prepare"),
+        **job("prepare", TOGETHER),
         device=DEVICE,
         state=f"{STATE}/base/seed{{seed}}-dense",
         source=model_source(DENSE_CHECKPOINT, dense=True),

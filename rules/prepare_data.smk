@@ -3,12 +3,11 @@ rule prepare_data:
     input:
         unpack(raw_data),
     output:
-        train=f"{RUN}/examples/train.parquet",
-        selection=f"{RUN}/examples/selection.parquet",
-        validation=f"{RUN}/examples/validation.parquet",
+        train=RUN.examples("train"),
+        selection=RUN.examples("selection"),
+        validation=RUN.examples("validation"),
     log:
-        messages=f"{LOGS}/prepare_data/{{task}}-seed{{seed}}.log",
-        usage=f"{BENCHMARKS}/prepare_data/{{task}}-seed{{seed}}.tsv",
+        **logs("prepare_data", "{task}-seed{seed}"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: 1
@@ -16,10 +15,7 @@ rule prepare_data:
         mem_mb=1500,
         runtime=20,
     params:
-        code=code("prepare_data"),
-        launcher=LAUNCHER,
-        launch=FRESH,
-        script=script("prepare_data"),
+        **job("prepare_data", FRESH),
         task=lambda wildcards: TASKS[wildcards.task],
         described=lambda wildcards: digest_of(described_in(TASKS[wildcards.task])),
         source=raw_source,
@@ -28,8 +24,6 @@ rule prepare_data:
     message:
         "prepare the examples of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--task={params.task:q} {params.source} --seed {wildcards.seed} "
+        START + "--task={params.task:q} {params.source} --seed {wildcards.seed} "
         "--train {output.train:q} --selection {output.selection:q} --validation {output.validation:q} "
         "{params.options} {params.protocol} "
-        "--log {log.messages:q}"

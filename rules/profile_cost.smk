@@ -1,12 +1,11 @@
 rule profile_cost:
     # Parameters, bytes, memory, FLOPs and time of a checkpoint. Runs alone: a neighbour would be timed with it.
     input:
-        model=f"{RUN}/{{checkpoint}}",
+        model=RUN.checkpoint("{checkpoint}"),
     output:
-        table=f"{RUN}/{{checkpoint}}_cost/cost.parquet",
+        table=RUN.table("{checkpoint}", "cost"),
     log:
-        messages=f"{LOGS}/profile_cost/{{task}}-seed{{seed}}/{{checkpoint}}.log",
-        usage=f"{BENCHMARKS}/profile_cost/{{task}}-seed{{seed}}/{{checkpoint}}.tsv",
+        **logs("profile_cost", "{task}-seed{seed}/{checkpoint}"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: workflow.cores or 1
@@ -15,10 +14,7 @@ rule profile_cost:
         runtime=60,
         gpu=GPUS,
     params:
-        code=code("profile_cost"),
-        launcher=LAUNCHER,
-        launch=MEASURED,
-        script=script("profile_cost"),
+        **job("profile_cost", MEASURED),
         device=DEVICE,
         task=lambda wildcards: TASKS[wildcards.task],
         names=labels_of,
@@ -26,7 +22,6 @@ rule profile_cost:
     message:
         "profile the cost of {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --task={params.task:q} --seed {wildcards.seed} {params.names} "
+        START
+        + "--model {input.model:q} --task={params.task:q} --seed {wildcards.seed} {params.names} "
         "--device={params.device:q} --table {output.table:q} {params.options} "
-        "--log {log.messages:q}"

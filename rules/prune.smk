@@ -5,17 +5,16 @@ ruleorder: prune > group
 rule prune:
     # Task-specific expert pruning: the base model is fine-tuned while the experts that the task hardly uses fall away.
     input:
-        model=f"{RESULTS}/base/seed{{seed}}/model",
-        train=f"{RUN}/examples/train.parquet",
-        selection=f"{RUN}/examples/selection.parquet",
+        model=f"{BASE}/model",
+        train=RUN.examples("train"),
+        selection=RUN.examples("selection"),
     output:
-        model=directory(f"{RUN}/{{variant}}/{{experts}}e/pruned"),
-        groups=f"{RUN}/{{variant}}/{{experts}}e/groups.parquet",
-        training=f"{RUN}/{{variant}}/{{experts}}e/pruned_training/training.parquet",
-        selection=f"{RUN}/{{variant}}/{{experts}}e/pruned_training/selection.parquet",
+        model=directory(RUN.checkpoint(own("pruned"))),
+        groups=RUN.groups("{variant}", "{experts}"),
+        training=RUN.table(own("pruned"), "training"),
+        selection=RUN.table(own("pruned"), "selection"),
     log:
-        messages=f"{LOGS}/prune/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
-        usage=f"{BENCHMARKS}/prune/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv",
+        **logs("prune", "{task}-seed{seed}-{variant}-{experts}e"),
     wildcard_constraints:
         variant="|".join(map(re.escape, TASK_SPECIFIC)) or "(?!)",
     conda:
@@ -26,10 +25,7 @@ rule prune:
         runtime=600,
         gpu=GPUS * PROCESSES,
     params:
-        code=code("prune"),
-        launcher=LAUNCHER,
-        launch=TOGETHER,
-        script=script("prune"),
+        **job("prune", TOGETHER),
         device=DEVICE,
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-pruned",
         tokens=TOKENS,
@@ -45,10 +41,9 @@ rule prune:
     message:
         "fine-tune on {wildcards.task} while all but {wildcards.experts} experts fall away, seed {wildcards.seed}"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
+        START
+        + "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
         "--experts {wildcards.experts} --groups {output.groups:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.pruning} "
-        "--log {log.messages:q}"

@@ -2,12 +2,11 @@ rule publish:
     # Everything goes to MLflow, once, from one process; publishing again replaces.
     input:
         unpack(everything_measured),
-        summary=f"{RESULTS}/summary.parquet",
+        summary=PLACES.summary,
     output:
-        marker=f"{RESULTS}/published.json",
+        marker=PLACES.published,
     log:
-        messages=f"{LOGS}/publish/all.log",
-        usage=f"{BENCHMARKS}/publish/all.tsv",
+        **logs("publish", "all"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: 1
@@ -15,10 +14,7 @@ rule publish:
         mem_mb=2000,
         runtime=60,
     params:
-        code=code("publish"),
-        launcher=LAUNCHER,
-        launch=FRESH,
-        script=script("publish"),
+        **job("publish", FRESH),
         store=STORE,
         results=lambda wildcards: RESULTS,
         runs=RUN_LIST,
@@ -26,7 +22,6 @@ rule publish:
     message:
         "publish to MLflow"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
+        START
+        + "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
         "--summary {input.summary:q} --marker {output.marker:q} "
-        "--log {log.messages:q}"

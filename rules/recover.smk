@@ -2,16 +2,15 @@ rule recover:
     # Train the merged model on, routers frozen, with the full model as teacher.
     input:
         model=before_recovery,
-        train=f"{RUN}/examples/train.parquet",
-        selection=f"{RUN}/examples/selection.parquet",
+        train=RUN.examples("train"),
+        selection=RUN.examples("selection"),
         teacher=teacher("recover"),
     output:
-        model=directory(f"{RUN}/{{variant}}/{{experts}}e/recovered"),
-        training=f"{RUN}/{{variant}}/{{experts}}e/recovered_training/training.parquet",
-        selection=f"{RUN}/{{variant}}/{{experts}}e/recovered_training/selection.parquet",
+        model=directory(RUN.checkpoint(own("recovered"))),
+        training=RUN.table(own("recovered"), "training"),
+        selection=RUN.table(own("recovered"), "selection"),
     log:
-        messages=f"{LOGS}/recover/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.log",
-        usage=f"{BENCHMARKS}/recover/{{task}}-seed{{seed}}-{{variant}}-{{experts}}e.tsv",
+        **logs("recover", "{task}-seed{seed}-{variant}-{experts}e"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["recover"]["threads"] * PROCESSES
@@ -20,10 +19,7 @@ rule recover:
         runtime=600,
         gpu=GPUS * PROCESSES,
     params:
-        code=code("recover"),
-        launcher=LAUNCHER,
-        launch=TOGETHER,
-        script=script("recover"),
+        **job("recover", TOGETHER),
         device=DEVICE,
         given=given("teacher"),
         state=f"{STATE}/{{task}}/seed{{seed}}/{{variant}}-{{experts}}e-recovered",
@@ -35,9 +31,9 @@ rule recover:
     message:
         "win the quality of {wildcards.variant} {wildcards.experts}e back on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
+        START
+        + "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
         "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
         "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
         "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.method} "
-        "{params.given} --log {log.messages:q}"
+        "{params.given}"

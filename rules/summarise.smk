@@ -3,11 +3,10 @@ rule summarise:
     input:
         unpack(everything_measured),
     output:
-        summary=f"{RESULTS}/summary.parquet",
-        report=f"{RESULTS}/report.html",
+        summary=PLACES.summary,
+        report=PLACES.report,
     log:
-        messages=f"{LOGS}/summarise/all.log",
-        usage=f"{BENCHMARKS}/summarise/all.tsv",
+        **logs("summarise", "all"),
     conda:
         "../envs/mcsmoe.yaml"
     threads: 1
@@ -15,19 +14,15 @@ rule summarise:
         mem_mb=2000,
         runtime=30,
     params:
-        code=code("summarise"),
-        launcher=LAUNCHER,
-        launch=FRESH,
-        script=script("summarise"),
+        **job("summarise", FRESH),
         drawn_with=digest_of(*REPORT_FILES),
         results=lambda wildcards: RESULTS,
-        benchmarks=BENCHMARKS,
+        benchmarks=PLACES.benchmarks,
         runs=RUN_LIST,
         configuration=CONFIG_JSON,
     message:
         "summarise and report"
     shell:
-        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-        "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
+        START
+        + "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
         "--benchmarks {params.benchmarks:q} --summary {output.summary:q} --report {output.report:q} "
-        "--log {log.messages:q}"

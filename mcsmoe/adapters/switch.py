@@ -18,6 +18,7 @@ from mcsmoe.adapters.base import Capture
 from mcsmoe.adapters.redirecting import (
     NEVER,
     ExpertShape,
+    Place,
     RedirectingAdapter,
     detached,
     newest_positions,
@@ -67,6 +68,9 @@ class SwitchAdapter(RedirectingAdapter):
         self._mlp(model, layer)
         return "experts"
 
+    def _place(self, model: nn.Module, layer: LayerId) -> Place:
+        return Place(self._experts_name(model, layer), "router", "classifier")
+
     def num_experts(self, model: nn.Module, layer: LayerId) -> int:
         return int(self._mlp(model, layer).router.num_experts)
 
@@ -114,6 +118,16 @@ class SwitchAdapter(RedirectingAdapter):
         bias_E = self._mlp(model, layer).router.classifier.bias
         with torch.no_grad():
             bias_E.masked_fill_(dropped_E.to(bias_E.device), NEVER)
+
+    def check_dropping(self, model: nn.Module, layer: LayerId, kept: int) -> None:
+        """Every layer can: its router takes a bias."""
+
+    def drop_experts(
+        self, model: nn.Module, layer: LayerId, weights: ExpertWeights, expert_to_group: Tensor, dropped_E: Tensor
+    ) -> None:
+        """By the router's bias, never by fewer rows: layers may then keep different numbers in one configuration."""
+        self.mask_router(model, layer, dropped_E)
+        self.write_experts(model, layer, weights, expert_to_group)
 
     def router_parameters(self, model: nn.Module) -> list[str]:
         return [

@@ -8,7 +8,7 @@ def raw_data(wildcards):
         return {}
     if source == "synthetic":
         return {
-            split: f"{RESULTS}/data/{wildcards.task}/{split}.parquet"
+            split: PLACES.data(wildcards.task, split)
             for split in ("train", "validation")
         }
     found = task_files(CONFIG["data"]["folder"], TASKS[wildcards.task])
@@ -42,8 +42,7 @@ def pretraining_input(given):
                 found["corpus"] = CONFIG["pretrain"]["files"]
             if CONFIG["pretrain"]["task_text"]:
                 found["examples"] = [
-                    f"{RESULTS}/{task}/seed{wildcards.seed}/examples/train.parquet"
-                    for task in TASKS
+                    PLACES.run(task, wildcards.seed).examples("train") for task in TASKS
                 ]
         elif Path(given).is_dir():
             found["checkpoint"] = given

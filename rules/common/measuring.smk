@@ -48,27 +48,18 @@ def everything_measured(wildcards):
         "groups": [],
     }
     for seed in CONFIG["seeds"]:
-        found["training"].append(f"{RESULTS}/base/seed{seed}/training.parquet")
+        found["training"].append(PLACES.pretraining(seed))
         if any(method.dense for method in CONFIGURED):
-            found["training"].append(
-                f"{RESULTS}/base/seed{seed}/dense_training/training.parquet"
-            )
+            found["training"].append(PLACES.pretraining(seed, dense=True))
         for task in TASKS:
-            run = f"{RESULTS}/{task}/seed{seed}"
-            found["routing"].append(f"{run}/routing.parquet")
+            run = PLACES.run(task, seed)
+            found["routing"].append(run.routing)
             for variant, experts, checkpoint in evaluated():
-                found["predictions"].append(
-                    f"{run}/{checkpoint}_evaluation/predictions.parquet"
-                )
-                found["metrics"].append(
-                    f"{run}/{checkpoint}_evaluation/metrics.parquet"
-                )
-                found["cost"].append(f"{run}/{checkpoint}_cost/cost.parquet")
+                for kind in ("predictions", "metrics", "cost"):
+                    found[kind].append(run.table(checkpoint, kind))
                 trained = checkpoint != methods.FULL or not CONFIG["zero_shot"]
-                if trained and Path(checkpoint).name != "merged":
-                    found["training"].append(
-                        f"{run}/{checkpoint}_training/training.parquet"
-                    )
+                if trained and stage_of(checkpoint).trains:
+                    found["training"].append(run.table(checkpoint, "training"))
                 if METHODS[variant].merge is not None:
-                    found["groups"].append(f"{run}/{variant}/{experts}e/groups.parquet")
+                    found["groups"].append(run.groups(variant, experts))
     return {name: sorted(set(paths)) for name, paths in found.items()}

@@ -34,33 +34,26 @@ def evaluated():
 
 def layer_alignment(variant):
     """The alignment of all experts to expert 0 that a method starts from, as the suffix of its folder; None without."""
-    alignment = METHODS[variant].alignment
-    return {
-        "weight": "",
-        "weight-input": "-weight-input",
-        "activation": "-activation",
-    }.get(alignment)
+    return ALIGNED.get(METHODS[variant].alignment)
 
 
 def alignment_input(wildcards):
     """The full model, and the tokens of its calibration where activations are compared."""
-    run = f"{RESULTS}/{wildcards.task}/seed{wildcards.seed}"
-    routing = f"{run}/routing.safetensors" if wildcards.how == "-activation" else []
-    return {"model": f"{run}/full", "routing": routing}
+    run = PLACES.run(wildcards.task, wildcards.seed)
+    routing = run.statistics if wildcards.how == "-activation" else []
+    return {"model": run.full, "routing": routing}
 
 
 def grouping_input(wildcards):
     """The model whose experts are grouped and merged, its routing statistics and, where asked for, gradients."""
-    run = f"{RESULTS}/{wildcards.task}/seed{wildcards.seed}"
+    run = PLACES.run(wildcards.task, wildcards.seed)
     how = layer_alignment(wildcards.variant)
     return {
-        "model": f"{run}/full" if how is None else f"{run}/permuted{how}",
-        "permutation": [] if how is None else f"{run}/permutation{how}.parquet",
-        "routing": f"{run}/routing.safetensors",
+        "model": run.full if how is None else run.permuted(how),
+        "permutation": [] if how is None else run.permutation(how),
+        "routing": run.statistics,
         "gradients": (
-            f"{run}/gradients.safetensors"
-            if METHODS[wildcards.variant].needs_gradients
-            else []
+            run.gradients if METHODS[wildcards.variant].needs_gradients else []
         ),
     }
 
@@ -74,22 +67,22 @@ def grouping_options(wildcards):
 
 def before_recovery(wildcards):
     """The model that recovery starts from: merged, or pruned while it was fine-tuned."""
-    run = f"{RESULTS}/{wildcards.task}/seed{wildcards.seed}"
+    run = PLACES.run(wildcards.task, wildcards.seed)
     made = methods.stages(METHODS[wildcards.variant])[0]
-    return f"{run}/{wildcards.variant}/{wildcards.experts}e/{made}"
+    return run.checkpoint(f"{wildcards.variant}/{wildcards.experts}e/{made}")
 
 
 def before_compression(wildcards):
     """The model that compression starts from: the parent's result, this method's own merged one, or the full one."""
     method = METHODS[wildcards.variant]
-    run = f"{RESULTS}/{wildcards.task}/seed{wildcards.seed}"
+    run = PLACES.run(wildcards.task, wildcards.seed)
     if method.parent is not None:
-        return f"{run}/{checkpoints_of(method.parent, wildcards.experts)[-1]}"
-    own = [stage for stage in methods.stages(method) if stage != "compressed"]
+        return run.checkpoint(checkpoints_of(method.parent, wildcards.experts)[-1])
+    made = [stage for stage in methods.stages(method) if stage != "compressed"]
     return (
-        f"{run}/{wildcards.variant}/{wildcards.experts}e/{own[-1]}"
-        if own
-        else f"{run}/full"
+        run.checkpoint(f"{wildcards.variant}/{wildcards.experts}e/{made[-1]}")
+        if made
+        else run.full
     )
 
 
@@ -105,20 +98,12 @@ def teacher(section):
             if weight is None
             else weight
         )
-        return (
-            [f"{RESULTS}/{wildcards.task}/seed{wildcards.seed}/teacher"]
-            if weight
-            else []
-        )
+        return [PLACES.run(wildcards.task, wildcards.seed).teacher] if weight else []
 
     return made
 
 
 def whitening_input(wildcards):
     """Routing statistics, where the decomposition weighs inputs by how often they occur."""
-    run = f"{RESULTS}/{wildcards.task}/seed{wildcards.seed}"
-    return (
-        f"{run}/routing.safetensors"
-        if "input-gram" in METHODS[wildcards.variant].needs
-        else []
-    )
+    run = PLACES.run(wildcards.task, wildcards.seed)
+    return run.statistics if "input-gram" in METHODS[wildcards.variant].needs else []
