@@ -19,9 +19,11 @@ from mcsmoe.workflow.provenance import modules_used
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS: list[set[str]] = [
-    {"types", "methods", "console", "device"},
-    {"align", "modules", "artefacts", "statistics", "grouping"},
-    {"similarity", "merge", "compress", "criteria", "refit"},
+    {"types", "device", "interruptions", "refusals"},
+    {"align", "projections", "artefacts", "statistics", "grouping", "console"},
+    {"methods", "modules"},
+    {"similarity"},
+    {"merge", "compress", "criteria", "refit"},
     {"adapters", "data"},
     {"checkpoint", "workflow"},
     {"evaluate"},

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mcsmoe.cli import options
 
 if TYPE_CHECKING:
+    from mcsmoe.calibration.scores import Document
     from mcsmoe.checkpoint.streaming import Streamed
-    from mcsmoe.evaluate.streamed import Document
 
 NAME = "evaluate"
 HELP = """Score a checkpoint on texts: nats a token by domain, and what was lost to a reference.
@@ -52,10 +52,10 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from mcsmoe.artefacts.tables import frame_of, write_table
+    from mcsmoe.calibration.scores import score
     from mcsmoe.checkpoint.streaming import Streamed
     from mcsmoe.console import log
     from mcsmoe.evaluate.language import by_domain, in_words
-    from mcsmoe.evaluate.streamed import score
 
     torch.set_num_threads(arguments.threads)
     passing = options.pass_options(arguments)
@@ -74,9 +74,9 @@ def _documents(source: Streamed, arguments: argparse.Namespace) -> list[Document
     import torch
 
     from mcsmoe.calibration import text
+    from mcsmoe.calibration.scores import Document
     from mcsmoe.checkpoint.load import load_tokenizer
     from mcsmoe.console import log
-    from mcsmoe.evaluate.streamed import Document
 
     rows = text.read_rows(arguments.text)
     domains = _domains(arguments.text, arguments.domain_column)
