@@ -25,6 +25,7 @@ rule cache_teacher:
     message:
         "cache the teacher of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        START
-        + "--model {input.model:q} --train {input.train:q} --device={params.device:q} "
-        "--out {output.teacher:q} --tokens {params.tokens:q} {params.limits} {params.options} "
+        command(
+            "--model {input.model:q} --train {input.train:q} --device={params.device:q} "
+            "--out {output.teacher:q} --tokens {params.tokens:q} {params.limits} {params.options} "
+        )

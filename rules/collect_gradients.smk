@@ -25,6 +25,7 @@ rule collect_gradients:
     message:
         "collect gradients of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        START
-        + "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device={params.device:q} "
-        "--gradients {output.gradients:q} --tokens {params.tokens:q} {params.limits} {params.options} "
+        command(
+            "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device={params.device:q} "
+            "--gradients {output.gradients:q} --tokens {params.tokens:q} {params.limits} {params.options} "
+        )

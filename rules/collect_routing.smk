@@ -25,7 +25,8 @@ rule collect_routing:
     message:
         "collect routing statistics of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        START
-        + "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device={params.device:q} "
-        "--table {output.table:q} --statistics {output.statistics:q} "
-        "--tokens {params.tokens:q} {params.limits} {params.options} {params.extras} "
+        command(
+            "--model {input.model:q} --train {input.train:q} --seed {wildcards.seed} --device={params.device:q} "
+            "--table {output.table:q} --statistics {output.statistics:q} "
+            "--tokens {params.tokens:q} {params.limits} {params.options} {params.extras} "
+        )

@@ -134,11 +134,12 @@ def logs(name, job):
     }
 
 
-# Begins the command of every rule; its own options follow.
-START = (
-    "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
-    "--log {log.messages:q} "
-)
+def command(options):
+    """A rule's command: its script, started and logged as ``job`` and ``logs`` say, with ``options``."""
+    return (
+        "python -S -E {params.launcher:q} {params.launch} --usage {log.usage:q} {params.script:q} "
+        f"--log {{log.messages:q}} {options}"
+    )
 
 
 def own(checkpoint):

@@ -33,9 +33,10 @@ rule compress:
     message:
         "compress {wildcards.variant} {wildcards.experts}e on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        START
-        + "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
-        "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
-        "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
-        "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.method} {params.excluded} "
-        "{params.given}"
+        command(
+            "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
+            "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
+            "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
+            "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.method} {params.excluded} "
+            "{params.given}"
+        )

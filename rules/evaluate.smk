@@ -25,8 +25,9 @@ rule evaluate:
     message:
         "evaluate {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        START
-        + "--model {input.model:q} --task={params.task:q} --examples {input.examples:q} "
-        "--seed {wildcards.seed} {params.names} --device={params.device:q} "
-        "--predictions {output.predictions:q} --metrics {output.metrics:q} "
-        "{params.limits} {params.options} "
+        command(
+            "--model {input.model:q} --task={params.task:q} --examples {input.examples:q} "
+            "--seed {wildcards.seed} {params.names} --device={params.device:q} "
+            "--predictions {output.predictions:q} --metrics {output.metrics:q} "
+            "{params.limits} {params.options} "
+        )

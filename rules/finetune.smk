@@ -29,12 +29,13 @@ rule finetune:
     message:
         "fine-tune the full model on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        START
-        + "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
-        "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
-        "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
-        "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} "
-        "{params.dense} "
+        command(
+            "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
+            "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
+            "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
+            "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} "
+            "{params.dense} "
+        )
 
 
 use rule finetune as finetune_dense with:

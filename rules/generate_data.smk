@@ -18,6 +18,8 @@ rule generate_data:
     message:
         "generate data for {wildcards.task}"
     shell:
-        START + "--task={params.task:q} "
-        "--train {output.train:q} --validation {output.validation:q} "
-        "{params.options} "
+        command(
+            "--task={params.task:q} "
+            "--train {output.train:q} --validation {output.validation:q} "
+            "{params.options} "
+        )

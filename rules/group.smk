@@ -21,8 +21,9 @@ rule group:
     message:
         "group the experts of {wildcards.task} for {wildcards.variant}, {wildcards.experts} on average, seed {wildcards.seed}"
     shell:
-        START
-        + "--model {input.model:q} --routing {input.routing:q} --seed {wildcards.seed} "
-        "--experts {wildcards.experts} --similarity-table {output.similarity:q} --groups {output.groups:q} "
-        "{params.method} {params.options} "
-        "{params.given}"
+        command(
+            "--model {input.model:q} --routing {input.routing:q} --seed {wildcards.seed} "
+            "--experts {wildcards.experts} --similarity-table {output.similarity:q} --groups {output.groups:q} "
+            "{params.method} {params.options} "
+            "{params.given}"
+        )

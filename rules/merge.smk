@@ -21,7 +21,8 @@ rule merge:
     message:
         "merge the experts of {wildcards.task} by {wildcards.variant} to {wildcards.experts}, seed {wildcards.seed}"
     shell:
-        START
-        + "--model {input.model:q} --groups {input.groups:q} --routing {input.routing:q} --seed {wildcards.seed} "
-        "--out {output.model:q} {params.method} {params.options} "
-        "{params.given}"
+        command(
+            "--model {input.model:q} --groups {input.groups:q} --routing {input.routing:q} --seed {wildcards.seed} "
+            "--out {output.model:q} {params.method} {params.options} "
+            "{params.given}"
+        )

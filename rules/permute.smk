@@ -21,6 +21,8 @@ rule permute:
     message:
         "align the experts of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        START + "--model {input.model:q} --alignment={params.alignment:q} "
-        "--out {output.model:q} --permutation {output.permutation:q} {params.options} "
-        "{params.given}"
+        command(
+            "--model {input.model:q} --alignment={params.alignment:q} "
+            "--out {output.model:q} --permutation {output.permutation:q} {params.options} "
+            "{params.given}"
+        )

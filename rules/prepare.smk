@@ -23,9 +23,11 @@ rule prepare:
     message:
         "prepare the base model, seed {wildcards.seed}"
     shell:
-        START + "{params.source} --seed {wildcards.seed} --device={params.device:q} "
-        "--model {output.model:q} --training {output.training:q} --state {params.state:q} "
-        "{params.options} "
+        command(
+            "{params.source} --seed {wildcards.seed} --device={params.device:q} "
+            "--model {output.model:q} --training {output.training:q} --state {params.state:q} "
+            "{params.options} "
+        )
 
 
 use rule prepare as prepare_dense with:

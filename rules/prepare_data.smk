@@ -24,6 +24,8 @@ rule prepare_data:
     message:
         "prepare the examples of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        START + "--task={params.task:q} {params.source} --seed {wildcards.seed} "
-        "--train {output.train:q} --selection {output.selection:q} --validation {output.validation:q} "
-        "{params.options} {params.protocol} "
+        command(
+            "--task={params.task:q} {params.source} --seed {wildcards.seed} "
+            "--train {output.train:q} --selection {output.selection:q} --validation {output.validation:q} "
+            "{params.options} {params.protocol} "
+        )

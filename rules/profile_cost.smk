@@ -22,6 +22,7 @@ rule profile_cost:
     message:
         "profile the cost of {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:
-        START
-        + "--model {input.model:q} --task={params.task:q} --seed {wildcards.seed} {params.names} "
-        "--device={params.device:q} --table {output.table:q} {params.options} "
+        command(
+            "--model {input.model:q} --task={params.task:q} --seed {wildcards.seed} {params.names} "
+            "--device={params.device:q} --table {output.table:q} {params.options} "
+        )

@@ -41,9 +41,10 @@ rule prune:
     message:
         "fine-tune on {wildcards.task} while all but {wildcards.experts} experts fall away, seed {wildcards.seed}"
     shell:
-        START
-        + "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
-        "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
-        "--experts {wildcards.experts} --groups {output.groups:q} "
-        "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
-        "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.pruning} "
+        command(
+            "--model {input.model:q} --task={params.task:q} --train {input.train:q} "
+            "--selection {input.selection:q} --seed {wildcards.seed} --device={params.device:q} "
+            "--experts {wildcards.experts} --groups {output.groups:q} "
+            "--out {output.model:q} --training {output.training:q} --selected {output.selection:q} "
+            "--state {params.state:q} --tokens {params.tokens:q} {params.limits} {params.options} {params.pruning} "
+        )

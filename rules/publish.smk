@@ -22,6 +22,7 @@ rule publish:
     message:
         "publish to MLflow"
     shell:
-        START
-        + "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
-        "--summary {input.summary:q} --marker {output.marker:q} "
+        command(
+            "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
+            "--summary {input.summary:q} --marker {output.marker:q} "
+        )

@@ -23,6 +23,7 @@ rule summarise:
     message:
         "summarise and report"
     shell:
-        START
-        + "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
-        "--benchmarks {params.benchmarks:q} --summary {output.summary:q} --report {output.report:q} "
+        command(
+            "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
+            "--benchmarks {params.benchmarks:q} --summary {output.summary:q} --report {output.report:q} "
+        )

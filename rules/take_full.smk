@@ -17,4 +17,4 @@ rule take_full:
     message:
         "take the checkpoint as the full model of {wildcards.task}, seed {wildcards.seed}"
     shell:
-        START + "--model {input.model:q} --out {output.model:q} "
+        command("--model {input.model:q} --out {output.model:q} ")
