@@ -73,19 +73,37 @@ def load_compact(path: Any, options: dict[str, Any]) -> Any:
     return (model, nothing) if informed else model
 
 
+_AUTO = (
+    *("AutoModelForSeq2SeqLM", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+    *("AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification"),
+)
+
+
+def _serves(auto: Any, model: Any) -> bool:
+    """Whether an Auto class would give the class of ``model`` for its configuration."""
+    try:
+        found = auto._model_mapping[type(model.config)]
+    except (KeyError, AttributeError):
+        return False
+    return type(model) in (found if isinstance(found, (tuple, list)) else (found,))
+
+
 class _Loader:
     """Stands in the registry of an Auto class; what it returns is the base model's own class, ready to run."""
 
-    encoder_decoder: bool
+    auto: Any  # the Auto class that this one serves
     config_class: Any
 
     @classmethod
     def from_pretrained(cls, path: str, *_args: Any, **options: Any) -> Any:
         made = load_compact(path, options)
         model: Any = made[0] if isinstance(made, tuple) else made
-        if bool(model.config.is_encoder_decoder) is not cls.encoder_decoder:
-            kind = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
-            raise ValueError(f"{path}: holds a {type(model).__name__}; load it with {kind}")
+        if not _serves(cls.auto, model):
+            import transformers
+
+            fitting = [name for name in _AUTO if _serves(getattr(transformers, name, None), model)]
+            doors = " or ".join([*fitting, type(model).__name__])
+            raise ValueError(f"{path}: holds a {type(model).__name__}; load it with {doors}")
         return made
 
     @classmethod
@@ -132,9 +150,11 @@ def _register_config(module: ModuleType) -> None:
 
 
 def _register_models(module: ModuleType) -> None:
-    for auto, encoder_decoder in ((module.AutoModelForSeq2SeqLM, True), (module.AutoModelForCausalLM, False)):
-        loader = type("CompactLoader", (_Loader,), {"encoder_decoder": encoder_decoder, "config_class": config_class()})
-        auto.register(config_class(), loader, exist_ok=True)
+    for name in _AUTO:
+        auto = getattr(module, name, None)
+        if auto is not None:
+            loader = type("CompactLoader", (_Loader,), {"auto": auto, "config_class": config_class()})
+            auto.register(config_class(), loader, exist_ok=True)
 
 
 _WAITING: dict[str, Callable[[ModuleType], None]] = {
