@@ -188,6 +188,11 @@ class LayerMajor:
                 output = self._output(number, batch)
                 for layer in layers:
                     assert captured is not None
+                    if layer not in captured.batches:
+                        raise ValueError(
+                            f"layer {layer!r} is never called on these rows, so it can have no statistics; a model with "
+                            "experts for other inputs than text cannot be calibrated on text"
+                        )
                     rows = given.inputs["input_ids"].shape[0]
                     found[layer].take(given.domain, captured.batches[layer], output, rows, self._first_rows[batch])
                 if tokens is None:

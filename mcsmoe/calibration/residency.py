@@ -84,6 +84,16 @@ class Residency:
                 _require(tensor, f"{block}.{path}.{name}", part)
         module.to(self.device)
 
+    def _units(self, block: str) -> list[list[str]]:
+        """Tensors of ``block``, those together that are made of the same stored ones.
+
+        One after another, so that what is stacked on the way (experts that are stored apart) is never there for all of them.
+        """
+        units: dict[tuple[str, ...], list[str]] = {}
+        for name in self._below[block]:
+            units.setdefault(tuple(self.source.stored_names([name])) or (name,), []).append(name)
+        return list(units.values())
+
     def forget(self, block: str) -> None:
         """Empty ``block``."""
         self.source.forget_below(block)
