@@ -20,18 +20,12 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from mcsmoe.artefacts.layout import Places  # noqa: E402
 from mcsmoe.artefacts.tables import MEASURED, SCHEMAS  # noqa: E402
 from mcsmoe.workflow.schema import SCHEMA_FILE  # noqa: E402
 
 _FROM = "<!-- Written by `make docs` from {}. Do not edit this page. -->"
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-_PLACES = {
-    "RESULTS": "results",
-    "RUN": "results/<task>/seed<seed>",
-    "STATE": "results/.state",
-    "LOGS": "results/logs",
-    "BENCHMARKS": "results/benchmarks",
-}
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -150,11 +144,24 @@ def _rules(file: Path) -> Iterator[tuple[str, str, list[tuple[str, bool]]]]:
             raise ValueError(
                 f"{file}: rule {name} must begin with a comment that says what it is for, and have outputs"
             )
+        # The rules say where their outputs lie in the words of mcsmoe/artefacts/layout.py.
         found = []
-        for folder, place, path in re.findall(r'=(directory\()?f"\{(\w+)\}/(.*?)"', block[1]):
-            named = re.sub(r"\{\{(.*?)\}\}", r"<\1>", path.replace("{{how}}", ""))
-            found.append((f"{_PLACES[place]}/{named}", bool(folder)))
+        for place in eval(f"dict({block[1]})", {"__builtins__": {"dict": dict}}, _words()).values():
+            path, folder = place if isinstance(place, tuple) else (place, False)
+            found.append((re.sub(r"\{(.*?)\}", r"<\1>", path.replace("{how}", "")), folder))
         yield name, purpose[1], found
+
+
+def _words() -> dict[str, Any]:
+    """What an output of a rule is written in, with the wildcards in braces."""
+    places = Places("results")
+    return {
+        "PLACES": places,
+        "RUN": places.run("{task}", "{seed}"),
+        "BASE": places.base("{seed}"),
+        "own": lambda checkpoint: f"{{variant}}/{{experts}}e/{checkpoint}",
+        "directory": lambda path: (path, True),
+    }
 
 
 def _order() -> list[str]:
