@@ -42,6 +42,7 @@ SIMILARITIES: dict[str, Similarity] = {
     "feature-correlation.lsa": _similarity("tokens", "statistics", "weights"),
     "feature-correlation.max": _similarity("tokens", "statistics", "weights"),
     "expert-output": _similarity("tokens", "statistics", "weights"),
+    "expert-output.distance": _similarity("tokens", "statistics", "weights"),
     "random": _similarity(),
 }
 """Similarity bases by name."""
@@ -204,6 +205,8 @@ BUILTIN: dict[str, Method] = _builtin()
 _IN_SEQUENCE = replace(BUILTIN["msmoe"], alignment="none", recover=False, budget="uniform")
 PRESETS: dict[str, Method] = {
     **{name: method for name, method in BUILTIN.items() if method.merge in MERGES},
+    # As its source clusters; the workflow's own method of this name compares by cosines.
+    "hc-smoe": replace(BUILTIN["hc-smoe"], similarity="expert-output.distance"),
     "ream": replace(
         _IN_SEQUENCE, name="ream", description="REAM: merged into the most salient, rows deleted", merge="ream"
     ),

@@ -31,7 +31,7 @@ SIZES = {
     Role.INPUT_BIAS: (HIDDEN,),
     Role.OUTPUT_BIAS: (WIDTH,),
 }
-TOKEN_BASES = ("mse", "feature-correlation.lsa", "feature-correlation.max", "expert-output")
+TOKEN_BASES = ("mse", "feature-correlation.lsa", "feature-correlation.max", "expert-output", "expert-output.distance")
 
 
 def activation(outputs: Mapping[str, Tensor]) -> Tensor:

@@ -70,6 +70,14 @@ def slow_output(given: SimilarityInputs, routed: RoutedBatch, i: int, j: int) ->
     return plain_cosine(run(given.weights, i, shared).mean(dim=0), run(given.weights, j, shared).mean(dim=0))
 
 
+def slow_distance(given: SimilarityInputs, routed: RoutedBatch, i: int, j: int) -> float:
+    assert given.weights is not None
+    shared = torch.cat([own(routed, e) for e in range(EXPERTS)])
+    means = [run(given.weights, e, shared).mean(dim=0) for e in range(EXPERTS)]
+    largest = max(float((one - other).norm()) for one in means for other in means)
+    return 1 - float((means[i] - means[j]).norm()) / largest
+
+
 def vectors(given: SimilarityInputs, routed: RoutedBatch) -> dict[str, Callable[[int], Tensor]]:
     weights, gradients, router = given.weights, given.gradients, given.router
     assert weights is not None
@@ -115,6 +123,7 @@ def test_cosine_bases_equal_one_cosine_per_pair(base: str, choices: int) -> None
         ("feature-correlation.lsa", slow_lsa),
         ("feature-correlation.max", slow_max),
         ("expert-output", slow_output),
+        ("expert-output.distance", slow_distance),
     ],
 )
 @pytest.mark.parametrize("choices", [1, 2])
@@ -227,7 +236,9 @@ def test_order_of_experts_only_reorders(base: str) -> None:
     torch.testing.assert_close(similarity(base, other), expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("base", ["feature-correlation.lsa", "feature-correlation.max", "expert-output"])
+@pytest.mark.parametrize(
+    "base", ["feature-correlation.lsa", "feature-correlation.max", "expert-output", "expert-output.distance"]
+)
 def test_order_of_neurons_changes_nothing(base: str) -> None:
     given = everything()
     assert given.weights is not None

@@ -235,9 +235,23 @@ def expert_output(inputs: SimilarityInputs) -> Tensor:
     return mapped(cosine(gram([mean_outputs(Sample.of(inputs))])))
 
 
+def expert_output_distance(inputs: SimilarityInputs) -> Tensor:
+    """1 less the Euclidean distance of the experts' mean outputs on shared tokens, over the largest in the layer.
+
+    What HC-SMoE's source clusters by. The map is linear, so that average linkage merges what it merges by distances; a cosine
+    leaves out how large an output is.
+    """
+    output_ED = mean_outputs(Sample.of(inputs))
+    distance_EE = torch.cdist(output_ED, output_ED, compute_mode="donot_use_mm_for_euclid_dist")
+    largest = float(distance_EE.max())
+    # Numbers that are not finite go on as they are: they are reported by expert.
+    return 1 - distance_EE / largest if largest != 0 else torch.full_like(distance_EE, NEUTRAL)
+
+
 TOKEN_BASES: dict[str, Base] = {
     "mse": mse,
     "feature-correlation.lsa": correlation_lsa,
     "feature-correlation.max": correlation_max,
     "expert-output": expert_output,
+    "expert-output.distance": expert_output_distance,
 }
