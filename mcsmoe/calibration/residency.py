@@ -77,7 +77,8 @@ class Residency:
     def load(self, block: str) -> None:
         """The weights of ``block``, on the device."""
         self.wait()
-        self.source.load_to_run(self._below[block])
+        for names in self._units(block):
+            self.source.load_to_run(names)
         module = self.source.model.get_submodule(block)
         for path, part in module.named_modules():
             for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
