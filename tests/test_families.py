@@ -135,3 +135,17 @@ def test_numbers_of_experts_are_found_inside_a_configuration_and_changed_there()
     assert changed["text_config"]["num_experts_per_tok"] == changed["vision_config"]["num_experts"] == 8
     assert expert_paths(changed, 8) == []
     assert fields["num_experts"] == 8
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "ernie4_5_moe", "zaya", "deepseek_v4"])
+def test_the_table_of_families_says_what_holds(kind: str) -> None:
+    import importlib.util
+
+    root = Path(__file__).resolve().parent.parent
+    spec = importlib.util.spec_from_file_location("families_page", root / "docs" / "families.py")
+    assert spec is not None
+    assert spec.loader is not None
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    row = page.row(kind, every_type()[kind])
+    assert row in (root / "docs" / "families.md").read_text().splitlines()
