@@ -150,7 +150,7 @@ def statistics(layers: tuple[str, ...] = LAYERS, experts: int = EXPERTS) -> Rout
 
 
 def read(rows: list[dict[str, Any]], found: RoutingStatistics, folder: Path, patch: pytest.MonkeyPatch) -> Evidence:
-    patch.setattr(evidence, "load_statistics", lambda _path: found)
+    patch.setattr(evidence, "load_statistics", lambda _path, _lineage: found)
     return Evidence.read(folder / "routing", permutation=write(folder / "permutation.parquet", rows, "permutation"))
 
 

@@ -29,6 +29,7 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe import modules
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.calibration.files import load_statistics
+    from mcsmoe.checkpoint.lineage import lineage, origin
     from mcsmoe.compress.residual import KeptSchedule, ResidualPruner
     from mcsmoe.train.objectives import RecoveryObjective, freeze_routers
     from mcsmoe.train.stages import Job, JobSettings, teacher_of, total_steps
@@ -38,7 +39,7 @@ def main(arguments: argparse.Namespace) -> None:
     job = Job.of(options.record(JobSettings, arguments), options.settings(arguments, "compress"))
     settings = job.settings
     adapter = adapter_for(job.model)
-    statistics = load_statistics(arguments.routing) if arguments.routing else None
+    statistics = load_statistics(arguments.routing, lineage(arguments.model)) if arguments.routing else None
     splitting = CompressSettings(settings["rank"], exclude_layers=arguments.exclude_layers)
     compress_layers(ModelLayers(job.model, adapter), splitting, statistics)
     freeze_routers(job.model, adapter)
@@ -56,7 +57,7 @@ def main(arguments: argparse.Namespace) -> None:
     inputs = [path for path in (arguments.teacher, arguments.routing) if path]
     job.run(__file__, objective, pruner, inputs)
     modules.pack(job.model)
-    job.save(stage="compress", decomposition=arguments.decomposition)
+    job.save(stage="compress", decomposition=arguments.decomposition, **origin(arguments.model))
 
 
 if __name__ == "__main__":

@@ -37,13 +37,14 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.artefacts.tables import write_table
     from mcsmoe.calibration.evidence import Evidence
+    from mcsmoe.checkpoint.lineage import lineage
     from mcsmoe.checkpoint.load import load_model
     from mcsmoe.transform.group import GroupSettings, group_layers, groups_frame, similarity_frame
     from mcsmoe.transform.layers import ModelLayers
 
     torch.set_num_threads(arguments.threads)
     settings = options.record(GroupSettings, arguments)
-    evidence = Evidence.read(arguments.routing, arguments.gradients, arguments.permutation)
+    evidence = Evidence.read(arguments.routing, arguments.gradients, arguments.permutation, lineage(arguments.model))
     model = load_model(arguments.model)
     groups = group_layers(ModelLayers(model, adapter_for(model)), settings, evidence)
     write_table(arguments.similarity_table, similarity_frame(settings.similarity, groups.similarity), "similarity")

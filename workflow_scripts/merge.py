@@ -37,6 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.artefacts.digests import digest_directory
     from mcsmoe.artefacts.tables import read_table
     from mcsmoe.calibration.evidence import Evidence
+    from mcsmoe.checkpoint.lineage import lineage, origin
     from mcsmoe.checkpoint.load import load_model, load_tokenizer
     from mcsmoe.checkpoint.save import save_model
     from mcsmoe.transform.layers import ModelLayers
@@ -44,12 +45,13 @@ def main(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     settings = options.record(MergeSettings, arguments)
-    evidence = Evidence.read(arguments.routing, arguments.gradients, arguments.permutation)
+    evidence = Evidence.read(arguments.routing, arguments.gradients, arguments.permutation, lineage(arguments.model))
     settings.check(evidence)
     model = load_model(arguments.model)
     layers = ModelLayers(model, adapter_for(model))
     merge_layers(layers, groupings_of(read_table(arguments.groups, "groups"), layers.ids), settings, evidence)
     provenance = {"stage": "merge", "merge": arguments.merge, "parent": digest_directory(arguments.model)}
+    provenance |= origin(arguments.model)
     save_model(model, arguments.out, load_tokenizer(arguments.model), provenance)
 
 

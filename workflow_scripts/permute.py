@@ -28,6 +28,7 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.adapters.registry import adapter_for
     from mcsmoe.artefacts.tables import write_table
     from mcsmoe.calibration.files import load_statistics
+    from mcsmoe.checkpoint.lineage import lineage, origin
     from mcsmoe.checkpoint.load import load_model, load_tokenizer
     from mcsmoe.checkpoint.save import save_model
     from mcsmoe.transform.align import AlignmentSettings, align_layers, permutation_frame
@@ -35,13 +36,14 @@ def main(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     settings = options.record(AlignmentSettings, arguments)
-    statistics = load_statistics(arguments.routing) if arguments.routing else None
+    statistics = load_statistics(arguments.routing, lineage(arguments.model)) if arguments.routing else None
     settings.check(statistics)
     model = load_model(arguments.model)
     alignments = align_layers(ModelLayers(model, adapter_for(model)), settings, statistics)
     write_table(arguments.permutation, permutation_frame(alignments), "permutation")
     tokenizer = load_tokenizer(arguments.model)
-    save_model(model, arguments.out, tokenizer, {"stage": "permute", "alignment": arguments.alignment})
+    provenance = {"stage": "permute", "alignment": arguments.alignment, **origin(arguments.model)}
+    save_model(model, arguments.out, tokenizer, provenance)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ def parse() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.adapters.registry import adapter_for
+    from mcsmoe.checkpoint.lineage import origin
     from mcsmoe.train.objectives import RecoveryObjective, freeze_routers
     from mcsmoe.train.stages import Job, JobSettings, teacher_of
 
@@ -33,7 +34,7 @@ def main(arguments: argparse.Namespace) -> None:
         teacher_of(arguments.teacher, job.train), job.settings["distillation_weight"], job.settings["temperature"]
     )
     job.run(__file__, objective, inputs=[arguments.teacher] if arguments.teacher else [])
-    job.save(stage="recover")
+    job.save(stage="recover", **origin(arguments.model))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +26,22 @@ class Evidence:
     permutations: Mapping[LayerId, Tensor]
 
     @staticmethod
-    def read(routing: Path, gradients: Path | None = None, permutation: Path | None = None) -> Evidence:
-        """Read the files that the stages before have written."""
+    def read(
+        routing: Path,
+        gradients: Path | None = None,
+        permutation: Path | None = None,
+        lineage: Sequence[str] | None = None,
+    ) -> Evidence:
+        """Read the files that the stages before have written.
+
+        Args:
+            lineage: fingerprints of the weights that the statistics may have been taken on; None asks for none.
+
+        Raises:
+            ValueError: a file that is unreadable, of another model or of other experts than the others; names it.
+        """
         found = {} if gradients is None else load_tensors(gradients)
-        statistics = load_statistics(routing)
+        statistics = load_statistics(routing, lineage)
         moved = {} if permutation is None else _permutations(permutation, statistics)
         return Evidence(statistics, found, moved)
 

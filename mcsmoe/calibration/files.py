@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,12 +38,13 @@ def save_statistics(path: Path, statistics: RoutingStatistics, model: str) -> No
     write_sealed(path, statistics.tensors() | {_MODEL: taken_on})
 
 
-def load_statistics(path: Path, model: str | None = None) -> RoutingStatistics:
+def load_statistics(path: Path, lineage: Sequence[str] | None = None) -> RoutingStatistics:
     """Routing statistics that ``save_statistics`` wrote, or a folder that was collected.
 
     Args:
-        model: fingerprint of the weights that they have to have been taken on; None asks for none. A file that does not
-            say what it was taken on is accepted with a warning.
+        lineage: fingerprints of the weights that they may have been taken on: the model's own, then those it was made
+            from with its experts kept (``checkpoint.lineage``); None asks for none. A file that does not say what it was
+            taken on is accepted with a warning.
 
     Raises:
         ValueError: missing, unreadable, altered, no statistics, or taken on another model; names the file and the remedy.
@@ -51,26 +53,29 @@ def load_statistics(path: Path, model: str | None = None) -> RoutingStatistics:
         # Not at the top: most stages read single files, and are not to be run again for what a folder is.
         from mcsmoe.calibration.folder import open_statistics, read_description
 
-        _check_model(path, str(read_description(path).get("model", "")), model)
+        _check_model(path, str(read_description(path).get("model", "")), lineage)
         return open_statistics(path)
     tensors = load_tensors(path)
     taken_on = tensors.pop(_MODEL, torch.empty(0, dtype=torch.uint8))
-    _check_model(path, bytes(taken_on.flatten().to(torch.uint8).tolist()).decode(errors="replace"), model)
+    _check_model(path, bytes(taken_on.flatten().to(torch.uint8).tolist()).decode(errors="replace"), lineage)
     try:
         return RoutingStatistics.from_tensors(tensors)
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def _check_model(path: Path, taken_on: str, model: str | None) -> None:
-    if model is None or taken_on == model:
+def _check_model(path: Path, taken_on: str, lineage: Sequence[str] | None) -> None:
+    if lineage is None or taken_on in lineage[:1]:
+        return
+    if taken_on in lineage:
+        log.info("%s: were taken on weights that this model was made from; its experts are taken for those", path)
         return
     if not taken_on:
         log.warning("%s: does not say what model it was taken on; it is taken for this one's", path)
         return
     raise ValueError(
-        f"{path}: these statistics were taken on another model (other weights: another family, seed or state of training); "
-        "collect them on this one"
+        f"{path}: these statistics were taken on another model (other weights: another family, seed or state of training), "
+        "and this one does not say that it was made from that; collect them on this one"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mcsmoe.artefacts.tensors import read_sealed, write_sealed
+from mcsmoe.artefacts.tensors import TensorFile, read_sealed, write_sealed
 from mcsmoe.statistics.blend import blend
 from mcsmoe.statistics.halves import Halves
 from mcsmoe.statistics.layer import LayerStatistics
@@ -78,6 +78,13 @@ class FolderLayers(Mapping[LayerId, LayerStatistics]):
     def by_domain(self, layer: LayerId) -> dict[str, LayerStatistics]:
         """Statistics of one layer, by domain."""
         return read_layer(self.folder / self.files[layer], layer)
+
+    def num_experts(self, layer: LayerId) -> int | None:
+        """How many experts the statistics of one layer are of, by the head of its file; None where it does not say."""
+        tensors = TensorFile(self.folder / self.files[layer]).tensors
+        return next(
+            (info.shape[0] for name, info in tensors.items() if name.endswith("/wanted_E") and info.shape), None
+        )
 
     def __iter__(self) -> Iterator[LayerId]:
         return iter(self.files)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mcsmoe.artefacts.digests import SUMS
 from mcsmoe.artefacts.tensors import INDEX
-from mcsmoe.checkpoint.save import PROVENANCE
+from mcsmoe.checkpoint.lineage import PROVENANCE
 from mcsmoe.console import log
 
 _OURS = ("config.json", INDEX, PROVENANCE, SUMS, "groups.parquet", "experts.json")

@@ -20,8 +20,9 @@ from mcsmoe.artefacts.digests import check_sums
 from mcsmoe.artefacts.tensors import INDEX, TensorFolder, TensorInfo
 from mcsmoe.checkpoint import fields, leftovers
 from mcsmoe.checkpoint import format as compact
+from mcsmoe.checkpoint.lineage import PROVENANCE
 from mcsmoe.checkpoint.names import NameMap
-from mcsmoe.checkpoint.save import PROVENANCE, own_tensors, place, save_pretrained
+from mcsmoe.checkpoint.save import own_tensors, place, save_pretrained
 from mcsmoe.checkpoint.skeleton import fill_buffers, parse_dtype, run_dtypes, skeleton, stock_skeleton
 from mcsmoe.checkpoint.vetting import open_weights, refuse_scales
 

@@ -16,13 +16,12 @@ from mcsmoe.adapters.dropping import settle
 from mcsmoe.adapters.registry import known_adapter
 from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.digests import write_sums
-from mcsmoe.artefacts.tensors import INDEX, SHARD_BYTES, TensorInfo, by_alignment, write_tensors
+from mcsmoe.artefacts.tensors import INDEX, SHARD_BYTES, TensorFolder, TensorInfo, by_alignment, write_tensors
 from mcsmoe.checkpoint import fields
 from mcsmoe.checkpoint import format as compact
+from mcsmoe.checkpoint.lineage import ANCESTORS, PROVENANCE, WEIGHTS
 from mcsmoe.modules import RedirectedExperts
 from mcsmoe.types import LayerId, LayerSpec
-
-PROVENANCE = "provenance.json"
 
 
 def specs_of(model: nn.Module) -> dict[LayerId, LayerSpec]:
@@ -179,7 +178,10 @@ def same_tensor(one: Tensor, two: Tensor) -> bool:
 
 def write_provenance(folder: Path, provenance: Mapping[str, Any] | None) -> None:
     if provenance is not None:
-        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n")
+        # What it says of ancestors holds for these weights alone, and others may come to lie beside it.
+        own = {WEIGHTS: TensorFolder(folder).fingerprint} if ANCESTORS in provenance else {}
+        text = json.dumps({**provenance, **own}, indent=2, sort_keys=True)
+        (folder / PROVENANCE).write_text(text + "\n")
 
 
 def write_folder(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mcsmoe.checkpoint import fields, leftovers
 from mcsmoe.checkpoint import format as compact
 from mcsmoe.checkpoint.absent import forget, nothing_empty
 from mcsmoe.checkpoint.companions import copy_companions
+from mcsmoe.checkpoint.lineage import ANCESTORS, lineage
 from mcsmoe.checkpoint.load import compact_weights, resolve
 from mcsmoe.checkpoint.names import NameMap
 from mcsmoe.checkpoint.save import own_tensors, place, specs_of, tensor_of, true_ties, write_folder
@@ -107,6 +109,16 @@ class Streamed:
     def digest(self) -> str:
         """SHA-256 over configuration and weight files, for provenance."""
         return digest_files([self.folder / "config.json", *sorted(file.path for file in self.tensors.files.values())])
+
+    @cached_property
+    def lineage(self) -> list[str]:
+        """Fingerprints of the weights, and of those that they were made from with the experts kept."""
+        return lineage(self.folder, self.tensors.fingerprint)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the provenance of a checkpoint says that is made from this one."""
+        return {"parent": self.digest, ANCESTORS: self.lineage}
 
     @property
     def weight_bytes(self) -> int:

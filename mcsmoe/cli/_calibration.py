@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mcsmoe.calibration import text
 from mcsmoe.calibration.files import load_statistics, save_statistics
+from mcsmoe.calibration.folder import FolderLayers
 from mcsmoe.calibration.layer_major import DomainBatch, LayerMajor
 from mcsmoe.calibration.states import States
 from mcsmoe.checkpoint.load import load_tokenizer
@@ -40,8 +41,12 @@ def statistics(source: Streamed, arguments: argparse.Namespace) -> RoutingStatis
         ValueError: there is neither, or the file is of another model.
     """
     if arguments.statistics is not None:
-        found = load_statistics(arguments.statistics, source.tensors.fingerprint)
-        found.check_layers(source.layers)
+        found = load_statistics(arguments.statistics, source.lineage)
+        try:
+            found.check_layers(source.layers)
+            _check_experts(found, source)
+        except ValueError as error:
+            raise ValueError(f"{arguments.statistics}: {error}") from error
         return found
     if arguments.calibration is None:
         raise ValueError(
@@ -68,3 +73,16 @@ def statistics(source: Streamed, arguments: argparse.Namespace) -> RoutingStatis
     if arguments.save_statistics is not None:
         save_statistics(arguments.save_statistics, found, source.tensors.fingerprint)
     return found
+
+
+def _check_experts(found: RoutingStatistics, source: Streamed) -> None:
+    """Raise ValueError, naming a layer, unless its router chooses among as many experts as the statistics are of."""
+    for layer in source.layers:
+        layers, experts = found.layers, source.adapter.num_experts(source.model, layer)
+        # A folder's layers are large, and each is read when its turn comes.
+        have = layers.num_experts(layer) if isinstance(layers, FolderLayers) else layers[layer].num_experts
+        if have not in (experts, None):
+            raise ValueError(
+                f"layer {layer!r}: the statistics are of {have} experts, the layer has {experts}: they were taken before "
+                "experts were dropped, or on another model; collect them on this one"
+            )

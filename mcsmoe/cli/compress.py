@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     calibrated = arguments.calibration is not None or arguments.statistics is not None
     found = statistics(source, arguments) if calibrated else None
     settings = {"rank": arguments.rank, "keep": arguments.keep, "activation_aware": calibrated}
-    provenance = {"stage": "compress", "tool": "mcsmoe compress", "settings": settings, "parent": source.digest}
+    provenance = {"stage": "compress", "tool": "mcsmoe compress", "settings": settings, **source.origin}
     # A layer that merging left alone is left alone here too.
     compress_layers(
         CheckpointLayers(source, Output(arguments.out, provenance)), splitting, found, only=list(specs) or None

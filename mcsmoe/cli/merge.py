@@ -142,7 +142,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
     output = Output(
         arguments.out,
-        {"stage": "merge", "tool": "mcsmoe merge", "settings": settings, "parent": source.digest},
+        {"stage": "merge", "tool": "mcsmoe merge", "settings": settings, **source.origin},
         extra=lambda folder: write_table(folder / GROUPS, frame, "groups"),
     )
     merge_layers(CheckpointLayers(source, output), groups.groupings, merging, evidence, align)

@@ -64,5 +64,5 @@ def run(arguments: argparse.Namespace) -> None:
         name: getattr(arguments, name)
         for name in ("experts", "remove", "criterion", "dropped", "rank", "budget", "refit", "ridge", "seed")
     }
-    provenance = {"stage": "prune", "tool": "mcsmoe prune", "settings": settings, "parent": source.digest}
+    provenance = {"stage": "prune", "tool": "mcsmoe prune", "settings": settings, **source.origin}
     _reduce.reduce_checkpoint(source, arguments, Reduction(how, refitting, limits, arguments.seed), counts, provenance)

@@ -30,7 +30,7 @@ _NEVER = -1e4  # a router bias below this marks an expert that is never chosen
 
 def exact(source: Streamed, out: str | Path) -> None:
     """The same checkpoint again, every file checked on the way."""
-    source.rewrite(out, lambda _layer: None, {"stage": "export", "form": "exact", "parent": source.digest}, layers=())
+    source.rewrite(out, lambda _layer: None, {"stage": "export", "form": "exact", **source.origin}, layers=())
 
 
 def dense(source: Streamed, out: str | Path) -> None:
@@ -104,7 +104,7 @@ def _write(
             return spool.read(name) if name in spool.infos else source.tensors.read(name)
 
         source.copy_companions(folder)
-        provenance = {"stage": "export", "form": form, "parent": source.digest}
+        provenance = {"stage": "export", "form": form, **source.origin}
         write_folder(folder, target, {**spool.infos, **raw, **kept}, tensor, provenance, config=config)
 
 

@@ -61,6 +61,8 @@ def compress_layers(
     chosen = [one for one in chosen_layers(layers.ids, settings.exclude_layers) if only is None or one in only]
 
     def compress(layer: SparseLayer) -> None:
+        if statistics is not None:
+            statistics.layers[layer.id].check_against(layer.id, layer.num_experts)
         grams = {} if statistics is None else input_grams(layer, statistics.layers[layer.id])
         split_layer(layer, settings.rank, grams)
         if settings.keep is not None:
