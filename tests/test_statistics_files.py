@@ -162,7 +162,9 @@ def test_statistics_of_the_full_model_serve_all_that_is_made_from_it_with_its_ex
     for number, (source, statistics) in enumerate([(merged, file), (place / "again", file), (place / "dense", file)]):
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            run("compress", source, "--statistics", statistics, "--rank", 2, "--keep", 0.5, "--out", place / f"{number}")
+            run(
+                "compress", source, "--statistics", statistics, "--rank", 2, "--keep", 0.5, "--out", place / f"{number}"
+            )
         assert "taken on weights that this model was made from" in told(caplog)
         if source != place / "dense":  # its groups are experts of their own, of the same tokens each
             found = mcsmoe.load(place / f"{number}").state_dict()

@@ -112,7 +112,7 @@ def _reduce(arguments: argparse.Namespace) -> None:
     drops = arguments.method not in MERGES or MERGES[arguments.method].drops
     counts = _reduce.counts(source, arguments, drops)
     settings = {name: getattr(arguments, name) for name in (*_SETTINGS, "refit", "ridge")}
-    provenance = {"stage": "merge", "tool": "mcsmoe merge", "settings": settings, "parent": source.digest}
+    provenance = {"stage": "merge", "tool": "mcsmoe merge", "settings": settings, **source.origin}
     _reduce.reduce_checkpoint(source, arguments, Reduction(merging, refitting, seed=arguments.seed), counts, provenance)
 
 
