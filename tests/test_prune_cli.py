@@ -138,7 +138,9 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert "--experts is 7; layer 'model.layers.0.mlp' has 6, give 1 to 6" in refused(
         caplog, "prune", full, "--experts", 7, *out
     )
-    assert "the rank of a novice is 0" in refused(caplog, "prune", full, "--experts", 3, "--rank", 0, *out)
+    assert "--rank is 0; it must be a number above 0" in refused(
+        caplog, "prune", full, "--experts", 3, "--rank", 0, *out
+    )
     assert "--ridge is 0.0" in refused(caplog, "prune", full, "--experts", 3, "--refit", "--ridge", 0, *out)
     assert "give --calibration FILE" in refused(caplog, "prune", full, "--experts", 3, "--out", tmp_path / "out")
     assert "--refit solves on tokens" in refused(
