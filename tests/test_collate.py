@@ -12,6 +12,7 @@ import torch
 
 from mcsmoe.data import collate
 from mcsmoe.data.collate import TaskBatches, Tokenised, tokenize
+from mcsmoe.data.vocabulary import check_rows
 from mcsmoe.train.tokenizer import train_tokenizer
 
 WORDS = [f"w{number}" for number in range(50)]
@@ -202,3 +203,36 @@ def test_calibration_batches(tokens: Tokenised) -> None:
     assert set(rows) == set(torch.cat([b["row"] for b in collate.calibration_batches(tokens, 100, 1, seed=0)]).tolist())
     with pytest.raises(ValueError, match="samples is 0"):
         collate.calibration_batches(tokens, 0, 32, seed=0)
+
+
+@pytest.mark.parametrize("column", ["input", "target"])
+def test_a_token_without_an_embedding_is_named_with_file_example_and_remedy(
+    column: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    highest = max(range(len(WORDS)), key=lambda number: max(tokenizer(WORDS[number])["input_ids"]))
+    rest = [word for number, word in enumerate(WORDS) if number != highest]
+    made = pd.DataFrame({"idx": [f"e{row}" for row in range(9)], "input": rest[:9], "target": rest[9:18]})
+    made.loc[7, column] = WORDS[highest]
+    limit = max(tokenizer(WORDS[highest])["input_ids"])
+    tokenize(made, tokenizer, 128, 16, vocabulary=limit + 1, cache=tmp_path)
+    # Whether they were tokenised before or not: kept tokens are of a tokenizer, and any model may come after.
+    for cache in (None, tmp_path):
+        with pytest.raises(ValueError, match="embeddings") as raised:
+            tokenize(made, tokenizer, 128, 16, cache, vocabulary=limit, where="train.parquet")
+        assert str(raised.value) == (
+            f"train.parquet: example 'e7' has token {limit} ({tokenizer.convert_ids_to_tokens(limit)!r}), and the model has "
+            f"{limit} embeddings; give the model the tokenizer it was trained with"
+        )
+    with pytest.raises(ValueError, match=r"^the tokenizer has token"):
+        tokenize(made, tokenizer, 128, 16, vocabulary=tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("row", [0, 1, 3])
+def test_the_row_of_a_token_is_found_past_empty_ones(row: int, tokenizer: Any) -> None:
+    rows = [[5], [5, 6], [], [7]]
+    rows[row] = [*rows[row], 99]
+    offsets = np.concatenate([[0], np.cumsum([len(one) for one in rows])])
+    flat = np.array([token for one in rows for token in one], dtype=np.int32)
+    with pytest.raises(ValueError, match=f"t: example '{'abcd'[row]}' has token 99 "):
+        check_rows(flat, offsets, "abcd", 99, "t", tokenizer)
+    check_rows(flat, offsets, "abcd", 100, "t", tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pandas as pd
@@ -330,3 +331,25 @@ def test_a_tokenizer_without_an_end_token_is_refused(switch: Any, tokenizer: Any
     endless.eos_token = None
     with pytest.raises(ValueError, match="no end token"):
         predict(switch, endless, ranked(), "rank", show=False, **LIMITS)
+
+
+def test_tokens_and_special_tokens_without_an_embedding_are_told(
+    switch: nn.Module, mixtral: nn.Module, tokenizer: Any
+) -> None:
+    examples = ranked()
+    for made, low in ((switch, 20), (mixtral, 20)):
+        small = copy.deepcopy(made)
+        small.resize_token_embeddings(low)  # type: ignore[operator]
+        for protocol in ("rank", "generate"):
+            with pytest.raises(
+                ValueError, match=r"^example '.*' has token \d+ \('.*'\), and the model has 20 embeddings"
+            ):
+                predict(small, tokenizer, examples, protocol, batch_size=2, **LIMITS)
+    padded = copy.deepcopy(tokenizer)
+    padded.add_tokens([f"<unused {number}>" for number in range(100)])
+    padded.add_special_tokens({"pad_token": "<new pad>"})
+    with pytest.raises(ValueError, match=f"the tokenizer has token {padded.pad_token_id}"):
+        predict(switch, padded, examples, "rank", batch_size=2, **LIMITS)
+    # A decoder-only model is never shown its padding, so that its own tokens do.
+    one, two = (predict(mixtral, made, examples, "rank", batch_size=2, **LIMITS) for made in (tokenizer, padded))
+    pd.testing.assert_frame_equal(one, two)

@@ -29,6 +29,7 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.artefacts.tables import read_table
     from mcsmoe.checkpoint.load import load_model, load_tokenizer
     from mcsmoe.data.collate import collate, evaluation_batches, tokenize
+    from mcsmoe.data.vocabulary import vocabulary_of
     from mcsmoe.device import pick
     from mcsmoe.train.teacher import cache_teacher
 
@@ -36,7 +37,8 @@ def main(arguments: argparse.Namespace) -> None:
     device = pick(arguments.device)
     model, tokenizer = load_model(arguments.model, device=device), load_tokenizer(arguments.model)
     rows = read_table(arguments.train, "examples")
-    train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens)
+    limits = (arguments.max_input, arguments.max_label, arguments.tokens)
+    train = tokenize(rows, tokenizer, *limits, vocabulary=vocabulary_of(model), where=arguments.train)
     cache_teacher(
         model,
         evaluation_batches(train, arguments.batch_size),

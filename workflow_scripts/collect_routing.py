@@ -59,8 +59,9 @@ def main(arguments: argparse.Namespace) -> None:
             vocabulary=cli_text.vocabulary_of(model),
         )
     else:
+        limits = (arguments.max_input, arguments.max_label, arguments.tokens)
         with processes.main_first():
-            train = tokenize(rows, tokenizer, arguments.max_input, arguments.max_label, arguments.tokens)
+            train = tokenize(rows, tokenizer, *limits, vocabulary=cli_text.vocabulary_of(model), where=arguments.train)
         batches = calibration_batches(train, arguments.samples, arguments.batch_size, arguments.seed)
     statistics = collect_routing(
         *(model, adapter_for(model), batches, len(batches)),

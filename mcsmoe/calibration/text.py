@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mcsmoe.calibration.rows import Row, read_rows
+from mcsmoe.data.vocabulary import check_ids, vocabulary_of
 from mcsmoe.types import IGNORED, Batch
 
 __all__ = ["Batch", "Row", "batches", "encoded", "needs_tokenizer", "read_rows", "vocabulary_of"]
@@ -22,15 +23,6 @@ _TEMPLATE_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError,
 def needs_tokenizer(rows: Sequence[Row]) -> bool:
     """Whether some row is not token ids already."""
     return any("input_ids" not in row.fields for row in rows)
-
-
-def vocabulary_of(model: nn.Module) -> int | None:
-    """How many tokens the model has embeddings for; None where it does not say."""
-    try:
-        weight = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return None if weight is None else int(weight.shape[0])
 
 
 def batches(
@@ -63,7 +55,7 @@ def batches(
     if vocabulary is not None:
         for row in rows:
             for name in ("input_ids", "labels"):
-                _check_ids(row.fields.get(name, ()), vocabulary, f"{row.place}: field {name!r}")
+                check_ids(row.fields.get(name, ()), vocabulary, f"{row.place}: field {name!r}")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()[:samples]
     found = [_sides(rows[number], tokenizer, encoder_decoder, vocabulary) for number in order]
     pairs = [_cut(*sides, encoder_decoder, max_tokens) for sides in found]
@@ -85,7 +77,7 @@ def encoded(
     """One row as a batch of its own, with arguments, fields and errors as in ``batches``; None if it gives no tokens."""
     if vocabulary is not None:
         for name in ("input_ids", "labels"):
-            _check_ids(row.fields.get(name, ()), vocabulary, f"{row.place}: field {name!r}")
+            check_ids(row.fields.get(name, ()), vocabulary, f"{row.place}: field {name!r}")
     pair = _cut(*_sides(row, tokenizer, encoder_decoder, vocabulary), encoder_decoder, max_tokens)
     return _batch([pair], 0) if pair[0] and pair[1] else None
 
@@ -130,7 +122,7 @@ def _sides(row: Row, tokenizer: Any, encoder_decoder: bool, vocabulary: int | No
             return []  # also where the tokenizer would add a special token
         found: list[int] = tokenizer(text, verbose=False, **how)["input_ids"]
         if vocabulary is not None:
-            _check_ids(found, vocabulary, f"{row.place}: its text", tokenizer)
+            check_ids(found, vocabulary, f"{row.place}: its text", tokenizer)
         return found
 
     if "messages" in fields:
@@ -166,11 +158,3 @@ def _chat(row: Row, tokenizer: Any) -> str:
             "correct the row"
         ) from error
     return str(found)
-
-
-def _check_ids(ids: Sequence[int], vocabulary: int, where: str, tokenizer: Any = None) -> None:
-    if ids and max(ids) >= vocabulary:
-        token = next(token for token in ids if token >= vocabulary)
-        named = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(token)!r})"
-        remedy = "correct the row" if tokenizer is None else "give the model the tokenizer it was trained with"
-        raise ValueError(f"{where} has token {token}{named}, and the model has {vocabulary} embeddings; {remedy}")

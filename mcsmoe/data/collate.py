@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mcsmoe.artefacts.atomic import atomic_file
+from mcsmoe.data.vocabulary import check_ids, check_rows
 from mcsmoe.types import IGNORED, Batch
 
 if TYPE_CHECKING:
@@ -110,7 +111,14 @@ def require_special_tokens(tokenizer: Any) -> tuple[int, int]:
 
 
 def tokenize(
-    examples: pd.DataFrame, tokenizer: Any, max_input: int, max_label: int, cache: str | Path | None = None
+    examples: pd.DataFrame,
+    tokenizer: Any,
+    max_input: int,
+    max_label: int,
+    cache: str | Path | None = None,
+    *,
+    vocabulary: int | None = None,
+    where: object = "examples",
 ) -> Tokenised:
     """Tokens of table ``examples``, inputs and targets each closed by one end token.
 
@@ -119,11 +127,16 @@ def tokenize(
         max_label: longest target, end token included; a longer one cannot be learnt and is an error.
         cache: folder where the tokens are kept, under a name that follows from the texts, the tokenizer and the limits,
             and are looked for before anything is tokenised.
+        vocabulary: how many embeddings the model has; None checks no token against it.
+        where: the file that the examples are from, for messages.
 
     Raises:
-        ValueError: a target over ``max_label``, no examples, or a tokenizer without pad or end token.
+        ValueError: a target over ``max_label``, no examples, a tokenizer without pad or end token, or a token that the
+            model has no embedding for; names the file, the example and the token.
     """
     pad, eos = require_special_tokens(tokenizer)
+    if vocabulary is not None:
+        check_ids((pad, eos), vocabulary, "the tokenizer", tokenizer)
     if not len(examples):
         raise ValueError("there are no examples to tokenise; give a split with rows")
     key = None if cache is None else _key(examples, tokenizer, (max_input, max_label, pad, eos))
@@ -133,6 +146,10 @@ def tokenize(
         made = _tokenize(examples, tokenizer, max_input, max_label, (pad, eos))
         if path is not None:
             made.save(path)
+    if vocabulary is not None:
+        sides = ((made.input_ids, made.input_offsets), (made.label_ids, made.label_offsets))
+        for ids, offsets in sides:
+            check_rows(ids, offsets, examples["idx"], vocabulary, str(where), tokenizer)
     if made.truncated:
         log.info("%d of %d inputs are longer than %d tokens and were cut", made.truncated, len(made), max_input)
     return made

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mcsmoe.data.vocabulary import check_ids, vocabulary_of
+
 if TYPE_CHECKING:
     import pandas as pd
     import torch
@@ -34,7 +36,8 @@ class Wording:
     """Tokenises prompts and answers for one kind of model, and reads answers back.
 
     Raises:
-        ValueError: the tokenizer has no end token, or neither it nor the model has a padding or a start token.
+        ValueError: the tokenizer has no end token, neither it nor the model has a padding or a start token, or the model
+            has no embedding for one of them.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class Wording:
         self.end = int(tokenizer.eos_token_id)
         # A decoder-only model never sees its padding, so the end token can stand in.
         pad = tokenizer.pad_token_id
-        pad = self.end if pad is None and self.causal else pad
+        self.vocabulary = vocabulary_of(model)
+        unknown = pad is None or (self.vocabulary is not None and int(pad) >= self.vocabulary)
+        pad = self.end if unknown and self.causal else pad
         if pad is None:
             raise ValueError("the tokenizer has no padding token (pad_token); set one and save it")
         self.pad = int(pad)
@@ -58,6 +63,8 @@ class Wording:
         if start is None and not self.causal:
             raise ValueError("the model's config.json has no decoder_start_token_id; its decoder cannot begin")
         self.start = int(start) if start is not None else self.pad
+        if self.vocabulary is not None:
+            check_ids((self.end, self.pad, self.start), self.vocabulary, "the tokenizer", tokenizer)
 
     # -- to tokens -----------------------------------------------------------------------------------------------
     def ids(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
@@ -144,8 +151,17 @@ def items_for(wording: Wording, examples: pd.DataFrame, protocol: str) -> list[I
     """Tokens of every example under ``protocol``.
 
     Raises:
-        ValueError: an answer without any token; names the example.
+        ValueError: an answer without any token, or a token that the model has no embedding for; names the example.
     """
+    items = _items_for(wording, examples, protocol)
+    if wording.vocabulary is not None:
+        for idx, item in zip(examples["idx"], items, strict=True):
+            for ids in (item.source, *item.continuations):
+                check_ids(ids, wording.vocabulary, f"example {idx!r}", wording.tokenizer)
+    return items
+
+
+def _items_for(wording: Wording, examples: pd.DataFrame, protocol: str) -> list[Item]:
     prompts = [str(one) for one in examples["input"]]
     if protocol == "generate":
         if wording.causal:

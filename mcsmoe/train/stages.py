@@ -18,6 +18,7 @@ from mcsmoe.checkpoint.load import load_model, load_tokenizer
 from mcsmoe.checkpoint.save import save_model
 from mcsmoe.data.collate import TaskBatches, Tokenised, tokenize
 from mcsmoe.data.tasks import Task, load_task
+from mcsmoe.data.vocabulary import vocabulary_of
 from mcsmoe.evaluate.metrics import positive_answer
 from mcsmoe.evaluate.protocols import prepare, selector
 from mcsmoe.train import processes
@@ -94,19 +95,21 @@ class Job:
         """Load what ``told`` names; the rows are tokenised once. ``settings`` are those of the section that trains.
 
         Raises:
-            ValueError: a checkpoint, table or task that is not one, a target longer than ``max_label``, or a tokenizer
-                without the tokens that are needed.
+            ValueError: a checkpoint, table or task that is not one, a target longer than ``max_label``, a tokenizer
+                without the tokens that are needed, or one with tokens that the model has no embeddings for.
         """
         torch.set_num_threads(told.threads)
         processes.start(told.device)
         tokenizer = load_tokenizer(told.model)
         rows = read_table(told.train, "examples")
+        model = load_model(told.model, dense=told.dense)
+        limits = (told.max_input, told.max_label, told.tokens)
         with processes.main_first():
-            train = tokenize(rows, tokenizer, told.max_input, told.max_label, told.tokens)
+            train = tokenize(rows, tokenizer, *limits, vocabulary=vocabulary_of(model), where=told.train)
         return Job(
             told,
             settings,
-            load_model(told.model, dense=told.dense),
+            model,
             tokenizer,
             load_task(told.task),
             train,
