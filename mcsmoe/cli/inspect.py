@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 NAME = "inspect"
 HELP = "Show the layers, groups, ranks and bytes of a checkpoint, from its headers alone."
 EXAMPLE = "mcsmoe inspect compressed"
-_EXPERTS = re.compile(r"^(.*)\.experts\.")
+_EXPERTS = re.compile(r"^(.*)\.experts\.|^(.*\.block_sparse_moe)\.(?:input|output)_linear\.")
 _NUMBER = re.compile(r"\.experts\.(?:expert_)?(\d+)\.")
 
 
@@ -42,7 +42,7 @@ def describe(folder: Path) -> dict[str, Any]:
     for name, info in infos.items():
         found = _EXPERTS.match(name)
         if found:
-            inside.setdefault(found[1], {})[name] = info
+            inside.setdefault(found[1] or found[2], {})[name] = info
     said = experts_said(config)
     layers = []
     for layer, tensors in sorted(inside.items(), key=lambda item: _natural(item[0])):

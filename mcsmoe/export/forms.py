@@ -22,6 +22,7 @@ from mcsmoe.checkpoint.spool import Spool
 from mcsmoe.checkpoint.streaming import Streamed, as_published
 from mcsmoe.export.change import Change, logits_change, require_logits
 from mcsmoe.export.recovery import RouterRecovery, recover_routers
+from mcsmoe.grouping.sets import respects
 from mcsmoe.types import Batch, LayerId
 
 FORMS = ("exact", "dense", "stock")
@@ -247,12 +248,16 @@ def stock(
 def _check_stock(source: Streamed, groups: int) -> None:
     """Raise ValueError naming the field unless a stock model of ``groups`` experts a layer can route as this one does."""
     said = fields.written(source.model.config)
-    for path, count in fields.nested(said, ("n_group", "num_expert_group")):
-        if isinstance(count, int) and count > 1:
+    adapter, model = source.adapter, source.model
+    for layer in source.layers:
+        sets = adapter.expert_sets(model, layer)
+        if sets > 1 and not respects(adapter.expert_to_group(model, layer), sets):
             raise ValueError(
-                f"{source.folder}: its router first chooses among {'.'.join(path)} = {count} sets of experts, which merged "
-                "groups do not respect; export --form dense"
+                f"{source.folder}: layer {layer!r}: its router first chooses among {sets} sets of experts, which its groups do "
+                f"not respect; merge with --budget uniform to a multiple of {sets} groups, or export --form dense"
             )
+        if sets > 1 and groups < adapter.num_experts(model, layer):
+            adapter.check_dropping(model, layer, groups)
     for path, count in fields.nested(said, CHOICE_FIELDS):
         if isinstance(count, int) and count > groups and not _generates(path):
             raise ValueError(

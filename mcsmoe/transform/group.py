@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from mcsmoe.calibration.evidence import Evidence
 from mcsmoe.console import log, progress
 from mcsmoe.grouping import check_choices, plan
 from mcsmoe.grouping.kept import keep_highest
+from mcsmoe.grouping.sets import divide, join
 from mcsmoe.grouping.weighting import WEIGHTINGS, shares
 from mcsmoe.methods import MERGES, SIMILARITIES, require_known
 from mcsmoe.similarity import similarity
@@ -92,9 +93,37 @@ def group_layers(layers: Layers, settings: GroupSettings, evidence: Evidence, al
             if align is not None and needs & {"weights", "tokens"}:
                 align(layer)
             found[name] = layer_similarity(layer, settings, evidence)
-    groupings = plan(
-        {layer: importance(evidence.layer(layer), settings.merge) for layer in layers.ids},
-        found,
+    importances = {layer: importance(evidence.layer(layer), settings.merge) for layer in layers.ids}
+    sets = {layer: layers.structure(layer).expert_sets for layer in layers.ids}
+    groupings = _planned(importances, found, settings)
+    apart = {
+        layer: count
+        for layer, count in sets.items()
+        if count > 1 and settings.experts % count == 0 and groupings[layer].num_groups == settings.experts
+    }
+    # Where every layer has the same number, groups within the sets that a router chooses among can become a stock model.
+    if apart and settings.budget == "uniform":
+        for name, count in apart.items():
+            one_set = replace(settings, experts=settings.experts // count, exclude_layers=())
+            parts, names = divide({name: importances[name]}, apart)
+            planned = _planned(parts, divide({name: found[name]}, apart)[0], one_set)
+            groupings[name] = join([planned[part] for part in names[name]])
+    if MERGES[settings.merge].drops:
+        groupings = {
+            name: keep_highest(grouping, importances[name], sets[name]) if sets[name] > 1 else grouping
+            for name, grouping in groupings.items()
+        }
+    for name, grouping in groupings.items():
+        log.info("%s: %d experts in %d groups", name, grouping.num_experts, grouping.num_groups)
+    return Groups(found, groupings)
+
+
+def _planned(
+    importances: Mapping[LayerId, Tensor], similarity: Mapping[LayerId, Tensor], settings: GroupSettings
+) -> dict[LayerId, Grouping]:
+    return plan(
+        importances,
+        similarity,
         settings.experts,
         method=settings.grouping,
         budget=settings.budget,
@@ -103,18 +132,6 @@ def group_layers(layers: Layers, settings: GroupSettings, evidence: Evidence, al
         seed=settings.seed,
         excluded=settings.exclude_layers,
     )
-    if MERGES[settings.merge].drops:
-        groupings = {
-            name: keep_highest(
-                grouping, importance(evidence.layer(name), settings.merge), layers.structure(name).expert_sets
-            )
-            if layers.structure(name).expert_sets > 1
-            else grouping
-            for name, grouping in groupings.items()
-        }
-    for name, grouping in groupings.items():
-        log.info("%s: %d experts in %d groups", name, grouping.num_experts, grouping.num_groups)
-    return Groups(found, groupings)
 
 
 def layer_similarity(layer: SparseLayer, settings: GroupSettings, evidence: Evidence) -> Tensor:
