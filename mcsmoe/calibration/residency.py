@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -98,6 +99,8 @@ class Residency:
     def forget(self, block: str) -> None:
         """Empty ``block``."""
         self.source.forget_below(block)
+        # A hook and its module refer to each other; what they hold must not wait for the next round of the collector.
+        gc.collect()
         give_back_memory()
 
     def read_ahead(self, block: str | None) -> None:
