@@ -288,6 +288,19 @@ class LayerSpec:
     novices: NoviceSpec | None = None
 
 
+def check_per_expert(layer: LayerId, what: str, values_E: Tensor, experts: int) -> None:
+    """Raise ValueError naming layer, expert and value unless there is one finite, non-negative value per expert."""
+    if values_E.shape != (experts,):
+        raise ValueError(
+            f"layer {layer!r}: {what} has shape {tuple(values_E.shape)}, the layer has {experts} experts; "
+            "it was collected from another model"
+        )
+    bad_E = ~torch.isfinite(values_E) | (values_E < 0)
+    if bad_E.any():
+        expert = int(bad_E.nonzero()[0])
+        raise ValueError(f"layer {layer!r}: {what} of expert {expert} is {float(values_E[expert])}")
+
+
 def chosen_layers(layers: Sequence[LayerId], excluded: Sequence[LayerId]) -> list[LayerId]:
     """The layers that are not left out.
 

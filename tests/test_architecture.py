@@ -107,6 +107,8 @@ def test_a_merge_method_reruns_no_grouping_and_methods_rerun_no_training() -> No
     assert not [file for file in reached("group") if file.startswith("mcsmoe/merge/")]
     for script in ("finetune", "recover", "evaluate", "collect_routing"):
         assert "mcsmoe/methods.py" not in reached(script)
+    for script in ("finetune", "prune", "recover"):
+        assert not [file for file in reached(script) if file.startswith(("mcsmoe/merge/", "mcsmoe/grouping/"))]
 
 
 def test_the_page_names_every_package() -> None:

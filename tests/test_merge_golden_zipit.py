@@ -22,8 +22,8 @@ from mcsmoe.align import (
 )
 from mcsmoe.merge import METHODS
 from mcsmoe.merge.base import Merged, grouping_members
-from mcsmoe.merge.task_specific import TaskSpecificPruner, UsageAverage
 from mcsmoe.merge.zipit import ALPHA, Joined, Rule, inner_products, pair_up
+from mcsmoe.train.usage import TaskSpecificPruner, UsageAverage
 from mcsmoe.types import ExpertWeights
 
 pytestmark = pytest.mark.golden

@@ -13,7 +13,7 @@ from mcsmoe.grouping.kept import keep_highest
 from mcsmoe.merge import METHODS
 from mcsmoe.merge.base import MergeInputs
 from mcsmoe.merge.reap import saliency
-from mcsmoe.merge.task_specific import TaskSpecificPruner, UsageAverage, living_grouping
+from mcsmoe.train.usage import TaskSpecificPruner, UsageAverage, living_grouping
 from mcsmoe.types import ExpertWeights, Grouping
 
 TABLE = torch.tensor([0, 1, 0, 2, 1, 0])

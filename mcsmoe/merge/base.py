@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mcsmoe.align import is_finite
-from mcsmoe.types import ExpertActivation, ExpertWeights, Grouping, LayerId, RouterWeights
+from mcsmoe.types import ExpertActivation, ExpertWeights, Grouping, LayerId, RouterWeights, check_per_expert
 
 if TYPE_CHECKING:
     from mcsmoe.statistics.layer import LayerStatistics
@@ -153,19 +153,6 @@ def weighted_average(
         return made
 
     return weights.map(average)
-
-
-def check_per_expert(layer: LayerId, what: str, values_E: Tensor, experts: int) -> None:
-    """Raise ValueError naming layer, expert and value unless there is one finite, non-negative value per expert."""
-    if values_E.shape != (experts,):
-        raise ValueError(
-            f"layer {layer!r}: {what} has shape {tuple(values_E.shape)}, the layer has {experts} experts; "
-            "it was collected from another model"
-        )
-    bad_E = ~torch.isfinite(values_E) | (values_E < 0)
-    if bad_E.any():
-        expert = int(bad_E.nonzero()[0])
-        raise ValueError(f"layer {layer!r}: {what} of expert {expert} is {float(values_E[expert])}")
 
 
 def check_same_shape(layer: LayerId, what: str, given: ExpertWeights, weights: ExpertWeights) -> None:

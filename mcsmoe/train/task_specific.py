@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mcsmoe.adapters.base import Adapter
-from mcsmoe.merge.task_specific import TaskSpecificPruner, UsageAverage, living_grouping
 from mcsmoe.train import processes
+from mcsmoe.train.usage import TaskSpecificPruner, UsageAverage, living_grouping
 from mcsmoe.types import Grouping, LayerId
 
 

@@ -1,4 +1,4 @@
-"""Task-specific expert pruning (Chen et al., arXiv 2206.00277): experts fall away while the model is fine-tuned.
+"""How much a task uses each expert while a model is fine-tuned, and which are left (Chen et al., arXiv 2206.00277).
 
 Pure bookkeeping: the training loop gives token counts and masks the router with ``dropped``.
 """
@@ -10,8 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mcsmoe.merge.base import check_per_expert
-from mcsmoe.types import Grouping, LayerId
+from mcsmoe.types import Grouping, LayerId, check_per_expert
 
 
 class UsageAverage:
