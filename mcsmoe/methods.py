@@ -182,7 +182,7 @@ def _builtin() -> dict[str, Method]:
             plain,
             name="hc-smoe",
             description="HC-SMoE: hierarchical clustering of expert outputs",
-            similarity="expert-output",
+            similarity="expert-output.distance",
             grouping="hierarchical",
             budget="uniform",
         ),
@@ -205,8 +205,6 @@ BUILTIN: dict[str, Method] = _builtin()
 _IN_SEQUENCE = replace(BUILTIN["msmoe"], alignment="none", recover=False, budget="uniform")
 PRESETS: dict[str, Method] = {
     **{name: method for name, method in BUILTIN.items() if method.merge in MERGES},
-    # As its source clusters; the workflow's own method of this name compares by cosines.
-    "hc-smoe": replace(BUILTIN["hc-smoe"], similarity="expert-output.distance"),
     "ream": replace(
         _IN_SEQUENCE, name="ream", description="REAM: merged into the most salient, rows deleted", merge="ream"
     ),

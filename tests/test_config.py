@@ -256,6 +256,23 @@ def test_reap_prunes_every_layer_alike_as_published() -> None:
     assert methods.BUILTIN["reap"].budget == methods.BUILTIN["hc-smoe"].budget == "uniform"
 
 
+def test_hc_smoe_is_the_published_one_in_the_workflow_and_on_the_command_line() -> None:
+    """Average linkage on Euclidean distances of mean outputs, averaged by frequency."""
+    for known in (methods.resolve(configuration.complete({"tasks": ["COPA"]})), methods.PRESETS):
+        found = known["hc-smoe"]
+        assert (found.similarity, found.grouping, found.linkage) == (
+            "expert-output.distance",
+            "hierarchical",
+            "average",
+        )
+        assert (found.merge, found.budget, found.alignment) == ("frequency", "uniform", "none")
+
+
+def test_no_preset_differs_from_the_method_of_its_name() -> None:
+    for name, preset in methods.PRESETS.items():
+        assert name not in methods.BUILTIN or preset == methods.BUILTIN[name]
+
+
 NAMES = [
     "..",
     ".",
