@@ -53,7 +53,10 @@ def main(arguments: argparse.Namespace) -> None:
     if is_causal(model):
         batches = cli_text.batches(
             rows_of(rows[["input", "target"]].to_dict("records"), str(arguments.train)),
-            *(tokenizer, False, arguments.samples, arguments.batch_size),
+            tokenizer=tokenizer,
+            encoder_decoder=False,
+            samples=arguments.samples,
+            batch_size=arguments.batch_size,
             max_tokens=arguments.max_input + arguments.max_label,
             seed=arguments.seed,
             vocabulary=cli_text.vocabulary_of(model),
@@ -64,8 +67,11 @@ def main(arguments: argparse.Namespace) -> None:
             train = tokenize(rows, tokenizer, *limits, vocabulary=cli_text.vocabulary_of(model), where=arguments.train)
         batches = calibration_batches(train, arguments.samples, arguments.batch_size, arguments.seed)
     statistics = collect_routing(
-        *(model, adapter_for(model), batches, len(batches)),
-        RoutingStatistics(reservoir=arguments.reservoir, whiten=arguments.whiten, seed=arguments.seed),
+        model,
+        adapter_for(model),
+        batches,
+        total=len(batches),
+        statistics=RoutingStatistics(reservoir=arguments.reservoir, whiten=arguments.whiten, seed=arguments.seed),
     )
     if processes.is_main():
         write_table(arguments.table, routing_frame(statistics), "routing")

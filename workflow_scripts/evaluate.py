@@ -51,7 +51,10 @@ def main(arguments: argparse.Namespace) -> None:
     protocol = task.asked(arguments.protocol)
     examples = read_table(arguments.examples, "examples")
     predictions = predict(
-        *(model, tokenizer, examples, protocol),
+        model=model,
+        tokenizer=tokenizer,
+        examples=examples,
+        protocol=protocol,
         batch_size=arguments.batch_size,
         max_input=arguments.max_input,
         max_label=arguments.max_label,

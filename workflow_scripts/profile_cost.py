@@ -51,7 +51,9 @@ def main(arguments: argparse.Namespace) -> None:
     write_table(arguments.table, pd.DataFrame([row]), "cost")
     console.log.info(
         "%.2f M parameters, %.2f MB on disk, %.1f ms",
-        *(measured["parameters"] / 1e6, measured["bytes_on_disk"] / 1e6, measured["latency_ms"]),
+        measured["parameters"] / 1e6,
+        measured["bytes_on_disk"] / 1e6,
+        measured["latency_ms"],
     )
 
 

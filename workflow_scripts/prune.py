@@ -38,7 +38,9 @@ def main(arguments: argparse.Namespace) -> None:
     adapter = adapter_for(job.model)
     steps, _ = total_steps(job.settings, len(job.train))
     pruner = UsagePruner(
-        *(job.model, adapter, chosen_layers(adapter.layers(job.model), arguments.exclude_layers)),
+        model=job.model,
+        adapter=adapter,
+        layers=chosen_layers(adapter.layers(job.model), arguments.exclude_layers),
         experts=arguments.experts,
         steps=steps,
         **options.settings(arguments, "prune"),

@@ -191,7 +191,9 @@ def collect(
         log.info(
             "two halves of the rows agree on %.1f %% of the experts if half of them are kept by saliency (least, %.1f %%, "
             "in %s); more rows bring them closer",
-            *(100 * share, 100 * run.convergence[worst], worst),
+            100 * share,
+            100 * run.convergence[worst],
+            worst,
         )
 
 
@@ -205,5 +207,10 @@ def _say(block: Block, major: LayerMajor, total: int, seconds: float) -> None:
     rest = time.strftime("%H:%M:%S", time.gmtime(seconds * max(0, total - block.number - 1)))
     log.info(
         "block %d of %d (%s): %.1f rows/s, %.2f GB read, %s left at most",
-        *(block.number + 1, total, block.path, major.rows / max(block.seconds, 1e-9), major.bytes_read / 1e9, rest),
+        block.number + 1,
+        total,
+        block.path,
+        major.rows / max(block.seconds, 1e-9),
+        major.bytes_read / 1e9,
+        rest,
     )

@@ -89,9 +89,13 @@ def pair_up(similarity_NN: Tensor, keep: int, coefficient_N: Tensor, rule: Rule)
         parts_NE[first] |= parts_NE[second]
         row = rule(
             Joined(
-                *(similar[first], similar[second], float(similar[first, second])),
-                *(float(weight_N[first]), float(weight_N[second]), weight_N),
-                (parts_NE & parts_NE[first]).any(axis=1),
+                first_N=similar[first],
+                second_N=similar[second],
+                between=float(similar[first, second]),
+                first=float(weight_N[first]),
+                second=float(weight_N[second]),
+                coefficient_N=weight_N,
+                repeated_N=(parts_NE & parts_NE[first]).any(axis=1),
             )
         )
         row[[first, second]] = -np.inf

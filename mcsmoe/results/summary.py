@@ -130,10 +130,15 @@ def as_text(summary: pd.DataFrame) -> str:
         for row in rows.to_dict("records"):
             table.append(
                 (
-                    *(row["variant"], str(row["experts"]), str(row["seed"]), f"{row['value']:.3f}"),
+                    row["variant"],
+                    str(row["experts"]),
+                    str(row["seed"]),
+                    f"{row['value']:.3f}",
                     f"{row['ci_low']:.3f}-{row['ci_high']:.3f}",
                     "" if row["variant"] == FULL else f"{row['difference']:+.3f}",
-                    *(row["verdict"], f"{row['parameters'] / 1e6:.2f} M", f"{row['bytes_on_disk'] / 1e6:.2f} MB"),
+                    row["verdict"],
+                    f"{row['parameters'] / 1e6:.2f} M",
+                    f"{row['bytes_on_disk'] / 1e6:.2f} MB",
                     f"{row['latency_ms']:.1f} ms",
                 )
             )

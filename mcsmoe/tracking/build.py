@@ -41,7 +41,10 @@ def records(found: Results, summary: pd.DataFrame) -> list[RunRecord]:
                 figures["similarity"] = partial(plots.similarity, tables["similarity"])
         made.append(
             RunRecord(
-                *(run.task, run.variant, run.experts, run.seed),
+                task=run.task,
+                variant=run.variant,
+                experts=run.experts,
+                seed=run.seed,
                 parameters={"method": methods.as_dict(known[run.variant]), **_settings(found.configuration)},
                 tags={"stage": run.stage, "verdict": rows[key]["verdict"]},
                 metrics=final_metrics(rows[key], metrics, cost),
