@@ -86,7 +86,7 @@ def nested(fields: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[tu
             yield from (((name, *path), inner) for path, inner in nested(value, wanted))
 
 
-def experts_said(fields: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+def experts_by_path(fields: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     """What a configuration says about the number of experts, by path."""
     return dict(nested(fields, EXPERT_FIELDS))
 

@@ -342,7 +342,7 @@ class Streamed:
 
     def keep_unplaced(self, config: dict[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
         """What has no place in the model and goes into a result all the same, and the result's ``config`` made true of it."""
-        counts = fields.experts_said(config), fields.experts_said(fields.source_fields(self.config))
+        counts = fields.experts_by_path(config), fields.experts_by_path(fields.source_fields(self.config))
         kept = leftovers.kept(self.unplaced, counts[0] != counts[1], self.model.config)
         going = [name for name in self.unplaced if name not in kept]
         leftovers.say_left_out(self.folder, going, "it has experts of its own, which do not have the new number")

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+from mcsmoe.adapters.counts import EXPERT_FIELDS
+
 _WIDTHS = ("hidden_size", "d_model", "n_embd")
 _HIDDEN_WIDTHS = (
     "moe_intermediate_size",
@@ -68,7 +69,7 @@ def num_experts(config: Mapping[str, Any]) -> int | None:
     fields = read_fields("model.checkpoint", checkpoint)
     if fields is None:
         return None
-    for name in _EXPERT_FIELDS:
+    for name in EXPERT_FIELDS:
         if _whole(fields.get(name)) > 1:
             return int(fields[name])
     raise ValueError(
