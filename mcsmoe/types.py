@@ -186,10 +186,6 @@ class Grouping:
     def num_groups(self) -> int:
         return self.dominant.shape[0]
 
-    def membership(self) -> Tensor:
-        """[G, E] bool: expert e belongs to group g."""
-        return self.expert_to_group[None, :] == torch.arange(self.num_groups)[:, None]
-
     def leads(self) -> Tensor:
         """[E] bool: the expert leads its group."""
         leads_E = torch.zeros(self.num_experts, dtype=torch.bool)

@@ -223,7 +223,6 @@ METRICS: dict[str, Callable[[pd.DataFrame, str], Units]] = {
     "token_f1": _words(token_f1),
     "hotpot_f1": _words(_hotpot_f1),
 }
-NEEDS_POSITIVE = frozenset({"f1", "f1a", "f1m"})
 _ANSWER_SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {"token_f1": token_f1, "hotpot_f1": _hotpot_f1}
 
 

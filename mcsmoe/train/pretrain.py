@@ -11,8 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mcsmoe.types import IGNORED
-
 if TYPE_CHECKING:
     from transformers import SwitchTransformersForConditionalGeneration, T5ForConditionalGeneration
 
@@ -191,9 +189,3 @@ class SpanCorruption:
         input_ids = torch.from_numpy(np.stack(inputs))
         labels = torch.from_numpy(np.stack(targets))
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
-
-
-def pad_labels(targets: list[Ids]) -> Tensor:
-    """[B, T] labels padded with the ignored index."""
-    width = max(len(target) for target in targets)
-    return torch.from_numpy(np.stack([np.pad(t, (0, width - len(t)), constant_values=IGNORED) for t in targets]))
