@@ -254,3 +254,14 @@ def test_stages_take_the_statistics_of_their_own_chain_alone(place: Path, monkey
         step(ours)
     wanted = [TensorFolder(place / name).fingerprint for name in ("merged", "permuted", "full")]
     assert lineage(place / "merged") == wanted
+
+
+@pytest.mark.parametrize("key", ["layers", "domains", "settings"])
+def test_a_folder_that_does_not_say_what_it_holds_is_refused(place: Path, key: str) -> None:
+    run("collect", place / "full", "--calibration", place / "tokens.jsonl", "--out", place / "folder")
+    page = place / "folder" / "statistics.json"
+    told = json.loads(page.read_text())
+    for value in (None, [], "x", {}):
+        page.write_text(json.dumps(told | {key: value}))
+        with pytest.raises(ValueError, match=rf"statistics\.json: '{key}' is missing or no object"):
+            load_statistics(place / "folder")

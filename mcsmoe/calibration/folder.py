@@ -112,6 +112,12 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: no folder of statistics ({error}); collect them with mcsmoe collect") from error
     if version != VERSION:
         raise ValueError(f"{path}: version {version!r} of statistics; this program reads {VERSION}, collect them again")
+    for key in ("layers", "domains", "settings"):
+        value = found.get(key)
+        if not isinstance(value, dict) or not value:
+            raise ValueError(
+                f"{path}: {key!r} is missing or no object; restore the file, or collect the statistics again"
+            )
     return found
 
 
