@@ -18,8 +18,10 @@ from mcsmoe import modules
 from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.artefacts.atomic import directory_bytes
 from mcsmoe.artefacts.digests import SUMS
+from mcsmoe.checkpoint import format as compact
 from mcsmoe.checkpoint.format import is_compact, layer_specs
 from mcsmoe.checkpoint.save import save_model
+from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.types import CompressionSpec, ExpertWeights, LowRankFactors
 
 TABLE = torch.tensor([0, 1, 0, 2, 1, 0])
@@ -258,6 +260,18 @@ def test_a_truncated_or_incomplete_stock_checkpoint_is_refused(tmp_path: Path) -
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"model\.safetensors: truncated"):
         mcsmoe.load(tmp_path / "out")
+
+
+def test_config_json_of_a_compact_checkpoint_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    original = compact.read_config
+    monkeypatch.setattr(compact, "read_config", lambda place: read.append(place) or original(place))
+    found = compact.CompactConfig.read(folder)
+    assert found.layers == layer_specs(folder)
+    for open_it in (mcsmoe.load, Streamed):
+        read.clear()
+        open_it(folder)
+        assert len(read) == 1
 
 
 # -- Auto classes ------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ UNPLACED = "unplaced"
 """Entry of the section: names of tensors in the files that no module of the model has a place for."""
 _LONGEST_CONFIG = 1 << 26
 _FILE = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
+_KINDS = {"base_model_type": str, "layers": dict, "files": dict, UNPLACED: list, "provenance": dict}
 STRUCTURE_KEY = "mcsmoe_structure"
 """Metadata entry of every weight file: the digest of the structure it was written for."""
 
@@ -106,53 +109,78 @@ def write_config(
     (folder / "config.json").write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_section(folder: str | Path) -> dict[str, Any]:
-    """The section of a compact checkpoint.
+@dataclass(frozen=True)
+class CompactConfig:
+    """config.json of a compact checkpoint, read and checked once; all who load, stream or show the checkpoint take this.
 
-    Raises:
-        ValueError: not a compact checkpoint, written by a newer version, or incomplete; names the file.
+    Attributes:
+        file: config.json, for messages.
+        fields: all of it, the base model's fields and the section.
+        base_model_type: what the base model's own config.json has as ``model_type``.
+        files: SHA-256 of every weight file, by name.
+        unplaced: names of tensors in the files that no module of the model has a place for.
+        provenance: how it was made.
+        structure: digest of what the section says of the layers; every weight file names it.
     """
-    file = Path(folder) / "config.json"
-    section = read_config(folder).get(SECTION)
-    if not isinstance(section, dict):
-        raise ValueError(f"{file}: has no section {SECTION!r}, so this is not a compact checkpoint")
-    if section.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{file}: format version {section.get('format_version')} is not {FORMAT_VERSION}; upgrade mcsmoe"
-        )
-    missing = {"base_model_type", "layers", "files"} - set(section)
-    if missing:
-        raise ValueError(f"{file}: section {SECTION!r} lacks {sorted(missing)}")
-    for name, kind in (("base_model_type", str), ("layers", dict), ("files", dict), (UNPLACED, list)):
-        if not isinstance(section.get(name, kind()), kind):
-            raise ValueError(f"{file}: {name!r} in section {SECTION!r} is not a {kind.__name__}")
-    for name in section["files"]:
-        if not _FILE.fullmatch(name):
+
+    file: Path
+    fields: Mapping[str, Any]
+    base_model_type: str
+    files: Mapping[str, str]
+    unplaced: frozenset[str]
+    provenance: Mapping[str, Any]
+    structure: str
+
+    @classmethod
+    def read(cls, folder: str | Path) -> CompactConfig:
+        """Read the one in ``folder``; raises ValueError like ``read_config`` and ``of``."""
+        return cls.of(folder, read_config(folder))
+
+    @classmethod
+    def of(cls, folder: str | Path, fields: Mapping[str, Any]) -> CompactConfig:
+        """The same of a config.json that ``read_config`` read in ``folder``.
+
+        Raises:
+            ValueError: not a compact checkpoint, written by a newer version, or incomplete; names the file.
+        """
+        file, section = Path(folder) / "config.json", fields.get(SECTION)
+        if not isinstance(section, dict):
+            raise ValueError(f"{file}: has no section {SECTION!r}, so this is not a compact checkpoint")
+        if section.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"{file}: section {SECTION!r} names the file {name!r}; only *.safetensors beside it are read"
+                f"{file}: format version {section.get('format_version')} is not {FORMAT_VERSION}; upgrade mcsmoe"
             )
-    return section
-
-
-def check_structure(file: Path, found: Mapping[str, str], section: Mapping[str, Any]) -> None:
-    """Raise ValueError naming ``file`` unless it was written for this section's structure."""
-    if found.get(STRUCTURE_KEY) != _structure_digest(section):
-        raise ValueError(
-            f"{file}: was not written for the layers that config.json beside it describes; one of the two files is "
-            "altered or comes from another checkpoint: restore or rebuild it"
+        missing = {"base_model_type", "layers", "files"} - set(section)
+        if missing:
+            raise ValueError(f"{file}: section {SECTION!r} lacks {sorted(missing)}")
+        for name, kind in _KINDS.items():
+            if not isinstance(section.get(name, kind()), kind):
+                raise ValueError(f"{file}: {name!r} in section {SECTION!r} is not a {kind.__name__}")
+        for name in section["files"]:
+            if not _FILE.fullmatch(name):
+                raise ValueError(
+                    f"{file}: section {SECTION!r} names the file {name!r}; only *.safetensors beside it are read"
+                )
+        return cls(
+            file=file,
+            fields=fields,
+            base_model_type=section["base_model_type"],
+            files=section["files"],
+            unplaced=frozenset(map(str, section.get(UNPLACED, []))),
+            provenance=section.get("provenance", {}),
+            structure=_structure_digest(section),
         )
 
+    @cached_property
+    def layers(self) -> Mapping[LayerId, LayerSpec]:
+        """Structure of every merged or compressed layer.
 
-def layer_specs(path: str | Path) -> dict[LayerId, LayerSpec]:
-    """Structure of every merged or compressed layer of a compact checkpoint; empty for a stock one.
+        Raises:
+            ValueError: a layer is not described completely, or by numbers that contradict each other; names file and layer.
+        """
+        return {layer: self._layer(layer, entry) for layer, entry in self.fields[SECTION]["layers"].items()}
 
-    Raises:
-        ValueError: the folder has no readable configuration; names it.
-    """
-    if SECTION not in read_config(path):
-        return {}
-    specs: dict[LayerId, LayerSpec] = {}
-    for layer, entry in read_section(path)["layers"].items():
+    def _layer(self, layer: LayerId, entry: Any) -> LayerSpec:
         try:
             kept = entry["compression"]
             compression = None if kept is None else CompressionSpec(int(kept["rank"]), dict(kept["kept_rows"]))
@@ -168,11 +196,26 @@ def layer_specs(path: str | Path) -> dict[LayerId, LayerSpec]:
             )
             _check_spec(spec)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{self.file}: layer {layer!r} is not described completely ({error})") from error
+        return spec
+
+    def check_structure(self, file: Path, found: Mapping[str, str]) -> None:
+        """Raise ValueError naming ``file``, with metadata ``found``, unless it was written for this structure."""
+        if found.get(STRUCTURE_KEY) != self.structure:
             raise ValueError(
-                f"{Path(path) / 'config.json'}: layer {layer!r} is not described completely ({error})"
-            ) from error
-        specs[layer] = spec
-    return specs
+                f"{file}: was not written for the layers that config.json beside it describes; one of the two files is "
+                "altered or comes from another checkpoint: restore or rebuild it"
+            )
+
+
+def layer_specs(path: str | Path) -> Mapping[LayerId, LayerSpec]:
+    """Structure of every merged or compressed layer of a checkpoint; empty for a stock one.
+
+    Raises:
+        ValueError: the folder has no readable configuration; names it.
+    """
+    fields = read_config(path)
+    return CompactConfig.of(path, fields).layers if SECTION in fields else {}
 
 
 def _check_spec(spec: LayerSpec) -> None:

@@ -82,7 +82,8 @@ def load_model(
     check_sums(folder, lambda name: name in _OF_MODEL)
     config = compact.read_config(folder)
     if compact.SECTION in config:
-        return _load_compact(folder, parse_dtype(dtype), torch.device(device), attention)
+        found = compact.CompactConfig.of(folder, config)
+        return _load_compact(folder, found, parse_dtype(dtype), torch.device(device), attention)
     return _load_stock(folder, config, parse_dtype(dtype), torch.device(device), dense, attention)
 
 
@@ -154,21 +155,26 @@ def _align(model: nn.Module, boundary: int = 64) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _load_compact(folder: Path, dtype: torch.dtype | None, device: torch.device, attention: str | None) -> nn.Module:
-    section, config = compact.read_section(folder), compact.read_config(folder)
-    tensors = compact_weights(folder, config, section)
-    model: Any = skeleton(folder, dtype, attention)
+def _load_compact(
+    folder: Path,
+    config: compact.CompactConfig,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    attention: str | None,
+) -> nn.Module:
+    tensors = compact_weights(folder, config)
+    model: Any = skeleton(config, dtype, attention)
     names = NameMap(model, tensors, stored_as_named=True)
-    strange = sorted(set(names.unplaced) - set(section.get(compact.UNPLACED, [])))
+    strange = sorted(set(names.unplaced) - config.unplaced)
     if strange:
         raise ValueError(
             f"{tensors.where[strange[0]].path}: tensor {strange[0]!r} has no place in the model; {_ALTERED}"
         )
     names.check(list(own_tensors(model)))
-    said = parse_dtype(fields.said_dtype(config))
+    said = parse_dtype(fields.said_dtype(config.fields))
     formats = run_dtypes(model, dtype or said) if dtype or said else {}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, sha256 in section["files"].items():
+    for name, sha256 in config.files.items():
         file = tensors.files[name]
         for key, tensor in file.stream(sha256):
             if key in names.units:
@@ -183,21 +189,21 @@ def _load_compact(folder: Path, dtype: torch.dtype | None, device: torch.device,
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    _remember(model, folder, config, names.unplaced)
+    _remember(model, folder, dict(config.fields), names.unplaced)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     return model.eval()  # type: ignore[no-any-return]
 
 
-def compact_weights(folder: Path, config: Mapping[str, Any], section: Mapping[str, Any]) -> TensorFolder:
+def compact_weights(folder: Path, config: compact.CompactConfig) -> TensorFolder:
     """The weight files of a compact checkpoint, by their headers.
 
     Raises:
         ValueError: they are not those that the section lists, or not of its structure; names the file.
     """
-    tensors = open_weights(folder, fields.source_fields(config), section["files"])
+    tensors = open_weights(folder, fields.source_fields(config.fields), config.files)
     for file in tensors.files.values():
-        compact.check_structure(file.path, file.metadata, section)
+        config.check_structure(file.path, file.metadata)
     return tensors
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mcsmoe.checkpoint import fields as fields_of
-from mcsmoe.checkpoint import format as compact
-from mcsmoe.checkpoint.format import layer_specs
+from mcsmoe.checkpoint.format import CompactConfig
 
 
 def model_class(folder: Path, config: dict[str, Any]) -> Any:
@@ -78,11 +77,11 @@ def _first_line(error: BaseException) -> str:
     return f"{text[:400]} ({type(error).__name__})" if text else type(error).__name__
 
 
-def skeleton(folder: str | Path, dtype: torch.dtype | None = None, attention: str | None = None) -> nn.Module:
+def skeleton(said: CompactConfig, dtype: torch.dtype | None = None, attention: str | None = None) -> nn.Module:
     """The model of a compact checkpoint on the meta device: all structure, no weights.
 
     Args:
-        folder: the checkpoint.
+        said: its config.json.
         dtype: it is built for; that of the checkpoint if None. Some families keep tables in it that no file holds.
         attention: how attention is computed, by transformers' names; its own choice if None.
 
@@ -93,13 +92,11 @@ def skeleton(folder: str | Path, dtype: torch.dtype | None = None, attention: st
 
     from mcsmoe.adapters.registry import adapter_for
 
-    place = Path(folder)
-    file = place / "config.json"
-    section = compact.read_section(place)
-    fields = fields_of.source_fields(compact.read_config(place))
-    cls = model_class(place, fields)
+    file, folder = said.file, said.file.parent
+    fields = fields_of.source_fields(said.fields)
+    cls = model_class(folder, fields)
     try:
-        config_class = CONFIG_MAPPING[section["base_model_type"]]
+        config_class = CONFIG_MAPPING[said.base_model_type]
     except KeyError as error:
         raise ValueError(f"{file}: base model type {error} is not known to transformers") from error
     try:
@@ -107,10 +104,10 @@ def skeleton(folder: str | Path, dtype: torch.dtype | None = None, attention: st
         config = config_class.from_dict({key: value for key, value in decoded.items() if key != "model_type"})
     except Exception as error:
         raise ValueError(f"{file}: {_first_line(error)}") from error
-    config.name_or_path = str(place)
+    config.name_or_path = str(folder)
     if attention is not None:
         config._attn_implementation = attention
-    specs = layer_specs(place)
+    specs = said.layers
     model = empty_model(cls, config, dtype or parse_dtype(fields_of.said_dtype(fields)), file)
     try:
         adapter = adapter_for(model)

@@ -30,7 +30,7 @@ from mcsmoe.checkpoint.save import own_tensors, place, specs_of, tensor_of, true
 from mcsmoe.checkpoint.skeleton import fill_buffers, parse_dtype, run_dtypes, skeleton, stock_skeleton
 from mcsmoe.checkpoint.spool import Spool
 from mcsmoe.checkpoint.vetting import open_weights, refuse_scales
-from mcsmoe.types import ExpertWeights, LayerId
+from mcsmoe.types import ExpertWeights, LayerId, LayerSpec
 
 
 class Streamed:
@@ -39,6 +39,7 @@ class Streamed:
     Attributes:
         model: structure; weights are there only where ``load`` brought them in.
         adapter: of the model's family.
+        specs: structure of every merged or compressed layer; empty for a stock checkpoint.
 
     Raises:
         ValueError: not a checkpoint, or one with a file that is truncated, altered or foreign; names it.
@@ -49,14 +50,15 @@ class Streamed:
         check_sums(self.folder, lambda name: not name.endswith(".safetensors"))
         self.config = compact.read_config(self.folder)
         self.compact = compact.SECTION in self.config
-        unplaced: set[str] = set()
+        unplaced: frozenset[str] = frozenset()
+        self.specs: Mapping[LayerId, LayerSpec] = {}
         if self.compact:
-            section = compact.read_section(self.folder)
-            self.tensors = compact_weights(self.folder, self.config, section)
-            self.model: Any = skeleton(self.folder)
-            for name, sha256 in section["files"].items():
+            found = compact.CompactConfig.of(self.folder, self.config)
+            self.tensors = compact_weights(self.folder, found)
+            self.model: Any = skeleton(found)
+            for name, sha256 in found.files.items():
                 self.tensors.files[name].verify(sha256)
-            unplaced = set(section.get(compact.UNPLACED, []))
+            unplaced, self.specs = found.unplaced, found.layers
         else:
             self.tensors = open_weights(self.folder, self.config)
             self.model = stock_skeleton(self.folder, self.config)
@@ -76,7 +78,7 @@ class Streamed:
         self._before = fields.written(self.model.config)
         self.model.eval()
 
-    def _check_unplaced(self, known: set[str]) -> None:
+    def _check_unplaced(self, known: frozenset[str]) -> None:
         kind = type(self.model).__name__
         if not self.compact:
             refuse_scales(self.tensors, self.unplaced, kind)

@@ -30,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Split experts into low-rank factors and the strongest rows of what they leave, without training."""
     options.prepare(arguments)
-    from mcsmoe.checkpoint.format import layer_specs
     from mcsmoe.checkpoint.streaming import Streamed
     from mcsmoe.cli._calibration import statistics
     from mcsmoe.cli._outputs import copy_groups, say_size
@@ -41,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     splitting = record(CompressSettings, arguments)
     source = Streamed(arguments.model)
     splitting.check(CheckpointLayers(source))
-    specs = layer_specs(source.folder)
+    specs = source.specs
     if any(spec.compression is not None for spec in specs.values()):
         raise ValueError(f"{source.folder}: is compressed already")
     calibrated = arguments.calibration is not None or arguments.statistics is not None

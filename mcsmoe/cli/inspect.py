@@ -36,13 +36,14 @@ def describe(folder: Path) -> dict[str, Any]:
     from mcsmoe.checkpoint import format as compact
 
     config = compact.read_config(folder)
-    specs = compact.layer_specs(folder)
+    found = compact.CompactConfig.of(folder, config) if compact.SECTION in config else None
+    specs = {} if found is None else found.layers
     infos = TensorFolder(folder).infos
     inside: dict[str, dict[str, TensorInfo]] = {}
     for name, info in infos.items():
-        found = _EXPERTS.match(name)
-        if found:
-            inside.setdefault(found[1] or found[2], {})[name] = info
+        place = _EXPERTS.match(name)
+        if place:
+            inside.setdefault(place[1] or place[2], {})[name] = info
     said = experts_said(config)
     layers = []
     for layer, tensors in sorted(inside.items(), key=lambda item: _natural(item[0])):
@@ -57,11 +58,10 @@ def describe(folder: Path) -> dict[str, Any]:
                 row |= {"rank": spec.compression.rank, "kept_rows": spec.compression.kept_rows}
         layers.append(row)
     rest = {name: info for name, info in infos.items() if not _EXPERTS.match(name)}
-    section = config.get(compact.SECTION, {})
     return {
         "folder": str(folder),
-        "form": "compact" if section else "stock",
-        "model_type": section.get("base_model_type", config.get("model_type")),
+        "form": "stock" if found is None else "compact",
+        "model_type": config.get("model_type") if found is None else found.base_model_type,
         "architecture": (config.get("architectures") or ["unknown"])[0],
         "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}),
         "layers": layers,
@@ -69,7 +69,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "rest": _size(rest),
         "total": _size(infos),
         "files": sorted(file.path.name for file in TensorFolder(folder).files.values()),
-        "provenance": section.get("provenance", {}),
+        "provenance": {} if found is None else dict(found.provenance),
     }
 
 
