@@ -113,6 +113,26 @@ def test_groups_follow_the_definition(capacity: int | None) -> None:
         assert {e: int(made.dominant[g]) for e, g in enumerate(made.expert_to_group.tolist())} == expected
 
 
+@pytest.mark.parametrize("levels", [0, 3])
+@pytest.mark.parametrize(("average", "fewest"), [(3, 2), (4, 4), (5, 1), (3, 3)])
+def test_adaptive_with_a_least_number_takes_it_from_every_layer_first(levels: int, average: int, fewest: int) -> None:
+    """By a plain loop: the most frequent of each layer as often as it must, then of all that are left."""
+    for seed in range(10):
+        frequency, _ = random_layers(3, 6, seed, levels)
+        made = adaptive(frequency, average, fewest)
+        share = {
+            name: (one / one.sum() if one.sum() else torch.ones(6) / 6).tolist() for name, one in frequency.items()
+        }
+        order = {name: sorted(range(6), key=lambda one: (-values[one], one)) for name, values in share.items()}
+        wanted = {name: set(order[name][:fewest]) for name in share}
+        left = [(-share[name][one], place, one) for place, name in enumerate(share) for one in order[name][fewest:]]
+        for _, place, one in sorted(left)[: 3 * (average - fewest)]:
+            wanted[list(share)[place]].add(one)
+        assert {name: set(one.tolist()) for name, one in made.items()} == wanted
+    with pytest.raises(ValueError, match="at least 4 experts, 3 on average; give 1 to 3"):
+        adaptive(frequency, 3, 4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("budget", ["adaptive", "uniform"])
 def test_every_method_gives_a_valid_grouping_of_the_asked_size(method: str, budget: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import mcsmoe
 from mcsmoe.adapters.registry import adapter_for
+from mcsmoe.artefacts.digests import SUMS
 from mcsmoe.artefacts.tables import read_table
 from mcsmoe.cli import main as cli
 
@@ -183,6 +184,49 @@ def test_a_predicted_budget_spreads_the_experts(full: Path, text: Path, tmp_path
     assert sum(counts) == 6
     assert min(counts) >= 2
     assert bool(torch.isfinite(logits(tmp_path / "out", tiny_models.batch())).all())
+
+
+@pytest.mark.parametrize("uneven", [True, False])
+def test_a_balance_loss_is_asked_for_only_where_it_can_be_computed(
+    uneven: bool, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The library puts the router logits of all layers together, so layers that differ in experts have none."""
+    mcsmoe.save(tiny_models.model("qwen3_moe", output_router_logits=True), tmp_path / "full")
+    out = tmp_path / "out"
+    budget = "predicted" if uneven else "uniform"
+    run("prune", tmp_path / "full", "--experts", 4, "--budget", budget, "--calibration", text, "--out", out)
+    listed = json.loads((out / "experts.json").read_text())["layers"]
+    assert (len({len(one["kept"]) for one in listed.values()}) == 2) == uneven
+    said = [one.getMessage() for one in caplog.records if "load-balancing loss" in one.getMessage()]
+    assert len(said) == uneven
+    assert not uneven or "output_router_logits is set to false" in said[0]
+    assert json.loads((out / "config.json").read_text())["output_router_logits"] == (not uneven)
+    forward_and_generate(mcsmoe.load(out), balanced=not uneven)
+    if uneven:  # one that was written before, or by hand, is set right on loading
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps({**config, "output_router_logits": True}))
+        (out / SUMS).unlink()
+        forward_and_generate(mcsmoe.load(out), balanced=False)
+
+
+def forward_and_generate(model: Any, balanced: bool) -> None:
+    ids = tiny_models.batch()["input_ids"]
+    made = model(input_ids=ids, labels=ids)
+    assert bool(torch.isfinite(made.loss))
+    assert (made.aux_loss is not None) == balanced
+    made = model.generate(ids[:, :4], max_new_tokens=3, do_sample=False, eos_token_id=-1)
+    assert made.shape[1] == 7
+
+
+@pytest.mark.parametrize("budget", ["predicted", "adaptive"])
+def test_a_spread_budget_leaves_every_router_enough_to_choose_from(
+    budget: str, full: Path, text: Path, tmp_path: Path
+) -> None:
+    """A token of this model takes 3 experts; without this bound the predicted budget asks for 5 of one layer and 1."""
+    words = ("--experts", 3, "--calibration", text, "--budget", budget)
+    run("prune", full, *words, "--out", tmp_path / "out")
+    listed = json.loads((tmp_path / "out" / "experts.json").read_text())["layers"]
+    assert [len(one["kept"]) for one in listed.values()] == [3, 3]
 
 
 @pytest.mark.parametrize("method", ["msmoe-refit", "ream", "mergemoe", "reap-refit"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -45,15 +45,20 @@ def set_experts(fields: Mapping[str, Any], before: int, after: int) -> dict[str,
 def set_experts_of(config: Any, before: int, after: int) -> None:
     """The same for a configuration object, in place."""
     for path in expert_paths(config.to_dict(), before):
-        inside = config
-        for key in path[:-1]:
-            inside = inside[key] if isinstance(inside, dict) else getattr(inside, key)
-        old = inside[path[-1]] if isinstance(inside, dict) else getattr(inside, path[-1])
-        new = [after] * len(old) if isinstance(old, list) else after
-        if isinstance(inside, dict):
-            inside[path[-1]] = new
-        else:
-            setattr(inside, path[-1], new)
+        old = _read(config, path)
+        _write(config, path, [after] * len(old) if isinstance(old, list) else after)
+
+
+def stop_balance_loss_of(config: Any) -> list[str]:
+    """Let a configuration object no longer ask for router logits, in place; the entries that did, as dotted names.
+
+    A family that is asked for them computes a load-balancing loss, which puts the logits of all layers together and so
+    needs as many experts in each.
+    """
+    paths = [path for path, value in _entries(config.to_dict(), ("output_router_logits",), lambda one: one is True)]
+    for path in paths:
+        _write(config, path, False)
+    return [".".join(path) for path in paths]
 
 
 def experts_said(config: Any) -> list[int]:
@@ -70,18 +75,34 @@ def choices_said(config: Any) -> int:
     return max(found, default=1)
 
 
-def _entries(fields: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[tuple[Path, Any]]:
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            if not any(part in key for part in _OTHER_TOWERS):
-                yield from (((key, *path), inner) for path, inner in _entries(value, names))
-        elif key in names and _is_count(value):
-            yield (key,), value
-
-
 def _is_count(value: Any) -> bool:
     listed = value if isinstance(value, list) else [value]
     return bool(listed) and all(isinstance(one, int) and not isinstance(one, bool) for one in listed)
+
+
+def _entries(
+    fields: Mapping[str, Any], names: tuple[str, ...], wanted: Callable[[Any], bool] = _is_count
+) -> Iterator[tuple[Path, Any]]:
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            if not any(part in key for part in _OTHER_TOWERS):
+                yield from (((key, *path), inner) for path, inner in _entries(value, names, wanted))
+        elif key in names and wanted(value):
+            yield (key,), value
+
+
+def _read(config: Any, path: Path) -> Any:
+    for key in path:
+        config = config[key] if isinstance(config, dict) else getattr(config, key)
+    return config
+
+
+def _write(config: Any, path: Path, value: Any) -> None:
+    inside = _read(config, path[:-1])
+    if isinstance(inside, dict):
+        inside[path[-1]] = value
+    else:
+        setattr(inside, path[-1], value)
 
 
 def _says(value: Any, experts: int) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mcsmoe.adapters.counts import choices_said, experts_said, set_experts, set_experts_of
+from mcsmoe.adapters.counts import choices_said, experts_said, set_experts, set_experts_of, stop_balance_loss_of
+from mcsmoe.console import log
 from mcsmoe.types import LayerId
 
 NEVER = -1e9  # a router bias whose probability is exactly zero, and which sums and products keep finite
@@ -71,9 +72,25 @@ def _experts_of(model: Any) -> int:
 
 
 def settle(model: Any, counts: list[int]) -> None:
-    """Where all layers have the same number of experts, let the configuration of ``model`` and its counters say it."""
+    """Let the configuration of ``model`` and its counters say what holds for layers with these numbers of experts.
+
+    Where all have the same, it says that number. Where they differ, it no longer asks for the router logits of every
+    forward pass: the load-balancing loss that comes with them cannot be computed.
+    """
     said = experts_said(model.config)
-    if len(set(counts)) != 1 or len(said) != 1 or said[0] == counts[0]:
+    if len(said) != 1 or set(counts) == {said[0]}:
+        return
+    if len(set(counts)) > 1:
+        for name in stop_balance_loss_of(model.config):
+            log.warning(
+                "layers have %d to %d experts, and a load-balancing loss over all of them needs equally many: "
+                "%s is set to false",
+                min(counts),
+                max(counts),
+                name,
+            )
+        return
+    if not counts:
         return
     small = sibling(model, counts[0])
     for path, module in small.named_modules():

@@ -90,6 +90,7 @@ def skeleton(said: CompactConfig, dtype: torch.dtype | None = None, attention: s
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from mcsmoe.adapters.dropping import settle
     from mcsmoe.adapters.registry import adapter_for
 
     file, folder = said.file, said.file.parent
@@ -113,6 +114,7 @@ def skeleton(said: CompactConfig, dtype: torch.dtype | None = None, attention: s
         adapter = adapter_for(model)
         for layer, spec in specs.items():
             adapter.install(model, layer, spec)
+        settle(model, [adapter.num_experts(model, layer) for layer in adapter.layers(model)])
     except (ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{file}: {error}") from error
     return model

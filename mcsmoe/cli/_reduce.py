@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -82,6 +83,8 @@ def counts(
         return {layer: experts[layer] if layer in excluded else kept for layer in source.layers}
     found = statistics(source, _without_domains(arguments))
     free = [layer for layer in source.layers if layer not in excluded]
+    if deletes:
+        fewest = max(fewest, *(_least(source, layer, fewest, kept, sets[layer]) for layer in free), 1)
     spread = SPREADS[arguments.budget]({layer: found.layers[layer] for layer in free}, kept, criterion, sets, fewest)
     made = {layer: experts[layer] if layer in excluded else spread[layer] for layer in source.layers}
     for layer in source.layers:
@@ -89,6 +92,18 @@ def counts(
         if deletes and made[layer] < experts[layer]:
             adapter.check_dropping(model, layer, made[layer])
     return made
+
+
+def _least(source: Streamed, layer: LayerId, fewest: int, kept: int, step: int) -> int:
+    """The least number of experts, from ``fewest`` to ``kept``, that the router of ``layer`` can choose among alone.
+
+    A token takes a fixed number of experts, so a layer cannot be left with fewer.
+    """
+    for count in range(-(-fewest // step) * step, kept, step):
+        with contextlib.suppress(ValueError):
+            source.adapter.check_dropping(source.model, layer, count)
+            return count
+    return kept
 
 
 def _without_domains(arguments: argparse.Namespace) -> argparse.Namespace:

@@ -58,34 +58,38 @@ def check_average(frequency: Mapping[LayerId, Tensor], average: int) -> None:
             )
 
 
-def adaptive(frequency: Mapping[LayerId, Tensor], average: int) -> dict[LayerId, Tensor]:
-    """The average x L most frequent experts over all L layers, at least one in each.
+def adaptive(frequency: Mapping[LayerId, Tensor], average: int, fewest: int = 1) -> dict[LayerId, Tensor]:
+    """The average x L most frequent experts over all L layers, at least ``fewest`` in each.
 
-    Frequencies are normalised in each layer and each layer's largest is set to 1, so that no layer is left empty.
+    Frequencies are normalised in each layer and each layer's largest is set to 1, so that no layer is left empty; where a
+    layer must have more, its ``fewest`` largest are.
     Ties break by the order of the layers, then by lower index.
 
     Args:
         frequency: by layer, [E] how often each expert is used.
         average: experts to keep in a layer on average.
+        fewest: experts that every layer keeps at least, from 1 to ``average``.
 
     Returns:
         By layer, int64 [G] dominant experts in ascending order; the G sum to average x L.
 
     Raises:
-        ValueError: ``average`` out of range, or a frequency that is negative or not finite.
+        ValueError: ``average`` or ``fewest`` out of range, or a frequency that is negative or not finite.
     """
     check_average(frequency, average)
+    if not 1 <= fewest <= average:
+        raise ValueError(f"every layer is to keep at least {fewest} experts, {average} on average; give 1 to {average}")
     scores = []
     for layer, frequency_E in frequency.items():
         score_E = normalised(layer, frequency_E)
-        # One expert only: were every tied maximum raised, ties in one layer would starve the others.
-        score_E[by_priority(score_E)[0]] = 1.0
+        # That many only: were every tied maximum raised, ties in one layer would starve the others.
+        score_E[by_priority(score_E)[:fewest]] = 1.0
         scores.append(score_E)
     if not scores:
         return {}
     kept_N = torch.zeros(sum(map(len, scores)), dtype=torch.bool)
     # The concatenation is in layer order, so a stable sort breaks ties as promised. A leader scores 1; another expert
-    # scores at most 1/2, hence every leader is among the first L.
+    # scores at most 1/2, hence every leader is among the first fewest x L.
     kept_N[by_priority(torch.cat(scores))[: average * len(scores)]] = True
     parts = kept_N.split([len(score_E) for score_E in scores])
     return {layer: part_E.nonzero()[:, 0] for layer, part_E in zip(frequency, parts, strict=True)}

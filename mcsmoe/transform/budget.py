@@ -27,13 +27,11 @@ def by_frequency(
     """As many as a layer has among the most frequent experts of the model (MC-SMoE).
 
     Raises:
-        ValueError: routers that choose among sets of experts, or a smallest number: this budget knows neither.
+        ValueError: routers that choose among sets of experts, which this budget does not know.
     """
-    if max(sets.values()) > 1 or fewest > 1:
-        raise ValueError(
-            "--budget adaptive knows neither routers that choose sets of experts nor --fewest; use predicted"
-        )
-    chosen = adaptive({layer: one.frequency_E for layer, one in statistics.items()}, average)
+    if max(sets.values()) > 1:
+        raise ValueError("--budget adaptive does not know routers that choose sets of experts; use predicted")
+    chosen = adaptive({layer: one.frequency_E for layer, one in statistics.items()}, average, fewest)
     return {layer: len(kept) for layer, kept in chosen.items()}
 
 
