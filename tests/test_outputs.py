@@ -130,3 +130,21 @@ def test_a_missing_or_misshapen_sum_is_named() -> None:
         RoutingStatistics.from_tensors(short)
     with pytest.raises(ValueError, match=r"'layer.0'.*'gram_EE'.*shape"):
         RoutingStatistics.from_tensors(tensors | {f"{LAYER}/outputs_gram_EE": torch.zeros(2, 2)})
+
+
+def test_an_output_that_is_not_finite_names_layer_and_expert() -> None:
+    """Its own layer is to blame, not the one that would read it."""
+    from mcsmoe.statistics.outputs import ChosenOutputs
+    from mcsmoe.statistics.routing import RoutingStatistics
+    from mcsmoe.types import RoutedBatch
+
+    chosen_TK = torch.tensor([[0, 1], [1, 2]])
+    weights_TK = torch.full((2, 2), 0.5)
+    valid_T = torch.ones(2, dtype=torch.bool)
+    batch = RoutedBatch(torch.randn(2, 4), torch.randn(2, 3), chosen_TK, chosen_TK, weights_TK, valid_T)
+    outputs_TKD = torch.randn(2, 2, 4)
+    outputs_TKD[1, 1, 0] = torch.inf
+    statistics = RoutingStatistics()
+    with pytest.raises(ValueError, match="layer 'one': the output of expert 2 is not finite"):
+        statistics.update({"one": batch}, outputs={"one": ChosenOutputs(outputs_TKD, weights_TK)})
+    assert not statistics.layers

@@ -24,7 +24,7 @@ from mcsmoe.calibration.tokens import LayerTokens, StoredTokens
 from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.statistics.halves import Halves
 from mcsmoe.statistics.layer import LayerStatistics
-from mcsmoe.statistics.routing import RoutingStatistics
+from mcsmoe.statistics.routing import NotFinite, RoutingStatistics
 from mcsmoe.types import Batch, LayerId, RoutedBatch
 
 DOMAIN_STRIDE = 2**40
@@ -194,10 +194,18 @@ class LayerMajor:
                             "experts for other inputs than text cannot be calibrated on text"
                         )
                     rows = given.inputs["input_ids"].shape[0]
-                    found[layer].take(given.domain, captured.batches[layer], output, rows, self._first_rows[batch])
+                    try:
+                        found[layer].take(given.domain, captured.batches[layer], output, rows, self._first_rows[batch])
+                    except NotFinite as error:
+                        raise ValueError(f"{error}{self._spoilt(layer)}") from error
                 if tokens is None:
                     self._keep(path, batch, output)
         return found
+
+    def _spoilt(self, layer: LayerId) -> str:
+        """What an output of ``layer`` that is not finite reaches, in words."""
+        after = self.source.layers[self.source.layers.index(layer) + 1 :]
+        return f" (what {after[0]!r} and all after it would be calibrated on)" if after else ""
 
     def _output(self, number: int, batch: int) -> Any:
         return self.replay.block(number, self.inputs(batch), self.saved(batch))

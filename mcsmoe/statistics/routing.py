@@ -24,6 +24,10 @@ __all__ = ["LayerStatistics", "RoutingStatistics"]
 _SETTINGS = "settings"
 
 
+class NotFinite(ValueError):
+    """Experts of a layer gave an output that is not finite."""
+
+
 class RoutingStatistics:
     """Statistics of all sparse layers, one streaming pass.
 
@@ -72,7 +76,8 @@ class RoutingStatistics:
         ``stream_square`` holds, by layer, the squared norm [T] of the residual stream after the layer's block.
 
         Raises:
-            ValueError: non-finite inputs or logits, or a layer of another shape than before; names layer and token.
+            ValueError: non-finite inputs, logits or outputs, or a layer of another shape than before; names layer and token
+                or expert.
         """
         positions = self.position()
         found: dict[LayerId, tuple[RoutedBatch, LayerStatistics]] = {}
@@ -276,6 +281,12 @@ def _take_outputs(
         made.outputs.stream_square_sum = square_T[keep].sum(dtype=torch.float64)
     made.saliency_tokens_E = made.computed_E.clone()
     made.saliency_sum_E = made.outputs.gated_norm_sum_E / outputs.scale
+    bad_E = ~torch.isfinite(made.saliency_sum_E)
+    if bad_E.any():
+        raise NotFinite(
+            f"layer {layer!r}: the output of expert {int(bad_E.nonzero()[0])} is not finite; the model's weights are damaged, "
+            "or its number format overflows"
+        )
     made.check_finite(layer)
 
 
