@@ -119,16 +119,6 @@ class SwitchAdapter(RedirectingAdapter):
         with torch.no_grad():
             bias_E.masked_fill_(dropped_E.to(bias_E.device), NEVER)
 
-    def check_dropping(self, model: nn.Module, layer: LayerId, kept: int) -> None:
-        """Every layer can: its router takes a bias."""
-
-    def drop_experts(
-        self, model: nn.Module, layer: LayerId, weights: ExpertWeights, expert_to_group: Tensor, dropped_E: Tensor
-    ) -> None:
-        """By the router's bias, never by fewer rows: layers may then keep different numbers in one configuration."""
-        self.mask_router(model, layer, dropped_E)
-        self.write_experts(model, layer, weights, expert_to_group)
-
     def router_parameters(self, model: nn.Module) -> list[str]:
         return [
             f"{layer}.router.{name}"

@@ -16,7 +16,7 @@ from mcsmoe.adapters.counts import CHOICE_FIELDS, EXPERT_FIELDS, expert_paths, s
 from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.tensors import TensorInfo
 from mcsmoe.checkpoint import fields
-from mcsmoe.checkpoint.save import own_tensors, place, tensor_of, write_folder
+from mcsmoe.checkpoint.save import own_tensors, place, write_folder
 from mcsmoe.checkpoint.skeleton import empty_model
 from mcsmoe.checkpoint.spool import Spool
 from mcsmoe.checkpoint.streaming import Streamed, as_published
@@ -215,6 +215,8 @@ def stock(
     needed = {name: tuple(tensor.shape) for name, tensor in target.state_dict().items()}
 
     def folded(layer: LayerId, name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() and tensor.ndim == 2:  # a table of the experts of every token
+            return source.adapter.expert_to_group(source.model, layer)[tensor.long()].to(tensor.dtype)
         if tuple(tensor.shape) == needed[name]:
             return tensor
         rows[name] = (layer, tensor.clone())
@@ -232,11 +234,11 @@ def stock(
         _write(source, target, folder, members, folded, "stock")
         made = Streamed(folder)
         found: dict[str, Change] = {}
-        with source.runnable() as merged, made.runnable() as small:
+        with source.runnable() as merged:
             for kind in known if fold == "auto" else [fold]:
-                for name in rows:
-                    tensor_of(small, name).copy_(fold_rows(kind, name))
-                found[kind] = logits_change(merged, small, batches)
+                made.overwrite({name: fold_rows(kind, name) for name in rows})
+                with made.runnable() as small:
+                    found[kind] = logits_change(merged, small, batches)
         chosen = min(found, key=lambda kind: found[kind].divergence)
         made.overwrite({name: fold_rows(chosen, name) for name in rows})
         recovered = None
