@@ -27,12 +27,14 @@ def double(made: Any) -> None:
 
 
 def cast(made: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """In ``dtype`` as it is after loading: what no file holds, such as rotary frequencies, stays in float32."""
+    """In ``dtype`` as it is after loading: what no file holds, such as rotary frequencies, stays in float32, and what the
+    family keeps there, such as the correction of a router's choice."""
+    wide = set(getattr(made, "_keep_in_fp32_modules_strict", None) or ())
     kept = {
         (module, name): buffer
         for module in made.modules()
         for name, buffer in module.named_buffers(recurse=False)
-        if name in module._non_persistent_buffers_set
+        if name in module._non_persistent_buffers_set or name in wide
     }
     made.to(dtype)
     for (module, name), buffer in kept.items():
