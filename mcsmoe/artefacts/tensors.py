@@ -229,7 +229,9 @@ class TensorFolder:
                 "readers differ in which they take; move the one that is not meant out of the folder"
             )
         if not weight_map and not single:
-            raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}; restore the weights; only safetensors are read")
+            raise ValueError(
+                f"{self.folder}: no {SINGLE} and no {INDEX}; restore the weights; only safetensors are read"
+            )
         for name in names:
             self.files[name] = TensorFile(self.folder / name)
         self.where = {tensor: file for file in self.files.values() for tensor in file.tensors}
