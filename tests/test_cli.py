@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from command_line import refused, run
 from tiny_switch import batch, logits, model
 
 import mcsmoe
@@ -45,20 +46,6 @@ def full(tmp_path: Path) -> Path:
     mcsmoe.save(model(), tmp_path / "full")
     (tmp_path / "tokens.jsonl").write_text("\n".join(json.dumps(row) for row in rows()))
     return tmp_path / "full"
-
-
-def run(*words: object) -> None:
-    cli.main([str(word) for word in words])
-
-
-def refused(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, *words: object) -> str:
-    caplog.clear()
-    with pytest.raises(SystemExit) as stopped:
-        run(*words)
-    assert stopped.value.code == 1
-    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert len(errors) == 1
-    return errors[0]
 
 
 # -- streaming ---------------------------------------------------------------------------------------------------
@@ -226,13 +213,11 @@ def test_rows_kept_by_their_effect_lose_less_on_the_calibration_tokens(full: Pat
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------
-def test_errors_are_one_message_and_status_1(
-    full: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_errors_are_one_message_and_status_1(full: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokens, out = tmp_path / "tokens.jsonl", tmp_path / "out"
 
     def error(*words: object) -> str:
-        return refused(capfd, caplog, *words)
+        return refused(caplog, *words)
 
     assert "experts is 7" in error("merge", full, "--calibration", tokens, "--experts", 7, "--out", out)
     assert "--calibration FILE" in error("merge", full, "--experts", 2, "--out", out)

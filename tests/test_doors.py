@@ -99,7 +99,6 @@ def test_save_pretrained_of_a_loaded_model_keeps_the_experts(
 
 
 def test_a_trainer_saves_it(folder: Path, truth: torch.Tensor, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
     made = mcsmoe.load(folder)

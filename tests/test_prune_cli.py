@@ -9,27 +9,13 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from command_line import refused, run
 from torch import Tensor, nn
 
 import mcsmoe
 from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.artefacts.digests import SUMS
 from mcsmoe.artefacts.tables import read_table
-from mcsmoe.cli import main as cli
-
-
-def run(*words: object) -> None:
-    cli.main([str(word) for word in words])
-
-
-def refused(caplog: pytest.LogCaptureFixture, *words: object) -> str:
-    caplog.clear()
-    with pytest.raises(SystemExit) as stopped:
-        run(*words)
-    assert stopped.value.code == 1
-    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
-    assert len(errors) == 1
-    return errors[0]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,12 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help="text: a line each (.txt), or rows with text, messages, prompt and completion, input and target, or "
         "input_ids (.jsonl, .parquet)",
     )
-    group.add_argument("--samples", type=int, default=256, help="rows drawn from the file")
+    _add_rows(group, "rows drawn from the file")
+
+
+def _add_rows(group: argparse._ArgumentGroup, drawn: str) -> None:
+    """How much of the text is used, and how."""
+    group.add_argument("--samples", type=int, default=256, help=drawn)
     group.add_argument("--batch-size", type=int, default=32, help="rows per forward pass")
     group.add_argument("--max-tokens", type=int, default=256, help="tokens of a row, per side")
 
@@ -55,9 +60,7 @@ def add_domains(parser: argparse.ArgumentParser) -> None:
         metavar="[DOMAIN=]FILE[:WEIGHT]",
         help="text (.txt, .jsonl, .parquet), once for each domain; a weight is the domain's share of the tokens",
     )
-    group.add_argument("--samples", type=int, default=256, help="rows drawn in all, shared by weight")
-    group.add_argument("--batch-size", type=int, default=32, help="rows per forward pass")
-    group.add_argument("--max-tokens", type=int, default=256, help="tokens of a row, per side")
+    _add_rows(group, "rows drawn in all, shared by weight")
     group.add_argument("--statistics", type=Path, metavar="DIR", help="what mcsmoe collect wrote, instead")
     group.add_argument("--reservoir", type=int, default=64, help="tokens kept per expert, where they are compared")
 
