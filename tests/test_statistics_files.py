@@ -48,13 +48,13 @@ def changed(folder: Path, out: Path, name: str) -> Path:
 
 
 def test_statistics_of_other_weights_are_refused_in_every_command(
-    place: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = place / "kept.safetensors"
     router = next(name for name in TensorFolder(place / "full").where if "router" in name)
     trained = changed(place / "full", place / "trained", router)
     for words in (("merge", trained, "--experts", 3), ("compress", trained, "--rank", 2)):
-        told = refused(capfd, caplog, *words, "--statistics", file, "--out", place / "out")
+        told = refused(caplog, *words, "--statistics", file, "--out", place / "out")
         assert "kept.safetensors: these statistics were taken on another model" in told
     assert not (place / "out").exists()
     shards = place / "shards"
@@ -105,11 +105,12 @@ def test_statistics_that_do_not_say_what_of_are_accepted_with_a_warning(
             lambda tensors: tensors.update({n: t[:0] for n, t in tensors.items() if n.endswith("gate_sum_E")}),
             "gate_sum_E",
         ),
-        (lambda tensors: tensors.update({n: t[0] for n, t in tensors.items() if n.endswith("wanted_E")}), "kept"),
+        (lambda tensors: tensors.update({n: t[0] for n, t in tensors.items() if n.endswith("wanted_E")}), "wanted_E"),
         (
             lambda tensors: tensors.update({n: t - 1000 for n, t in tensors.items() if n.endswith("computed_E")}),
             "computed_E",
         ),
+        (lambda tensors: tensors.update({n: t[:1] for n, t in tensors.items() if n.endswith("gate_ES")}), "gate_ES"),
         (lambda tensors: tensors.update({n: t * torch.nan for n, t in tensors.items() if n.endswith("_ED")}), "nan"),
     ],
 )
@@ -117,13 +118,11 @@ def test_statistics_that_cannot_be_are_refused_by_file(place: Path, change: obje
     tensors, _ = read_sealed(place / "kept.safetensors")
     change(tensors)  # type: ignore[operator]
     write_sealed(place / "kept.safetensors", tensors)
-    with pytest.raises(ValueError, match=rf"kept\.safetensors: .*{message}|kept\.safetensors: "):
+    with pytest.raises(ValueError, match=rf"(?i)kept\.safetensors: .*{message}"):
         load_statistics(place / "kept.safetensors")
 
 
-def test_options_that_exclude_each_other_are_refused(
-    place: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_options_that_exclude_each_other_are_refused(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     common = (
         "merge",
         place / "full",
@@ -134,9 +133,9 @@ def test_options_that_exclude_each_other_are_refused(
         "--statistics",
         place / "kept.safetensors",
     )
-    told = refused(capfd, caplog, *common, "--calibration", place / "tokens.jsonl")
+    told = refused(caplog, *common, "--calibration", place / "tokens.jsonl")
     assert "--calibration and --statistics are given" in told
-    told = refused(capfd, caplog, *common, "--save-statistics", place / "more.safetensors")
+    told = refused(caplog, *common, "--save-statistics", place / "more.safetensors")
     assert "--save-statistics keeps what --calibration FILE collects" in told
 
 
@@ -181,7 +180,7 @@ def test_statistics_of_the_full_model_serve_all_that_is_made_from_it_with_its_ex
 
 
 def test_statistics_are_refused_where_experts_were_dropped_since(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     mcsmoe.save(tiny_models.model("mixtral"), tmp_path / "full")
     text = [{"input_ids": list(range(2, 12 + row))} for row in range(8)]
@@ -192,30 +191,30 @@ def test_statistics_are_refused_where_experts_were_dropped_since(
     assert lineage(tmp_path / "fewer")[1:] == [TensorFolder(tmp_path / "full").fingerprint]
     words = ("--statistics", tmp_path / "folder", "--out", tmp_path / "out")
     for command in (("compress", tmp_path / "fewer", "--rank", 2), ("merge", tmp_path / "fewer", "--experts", 1)):
-        message = refused(capfd, caplog, *command, *words)
+        message = refused(caplog, *command, *words)
         assert re.search(r"folder: layer '.*': the statistics are of \d experts, the layer has 2", message)
         assert "collect them on this one" in message
     assert not (tmp_path / "out").exists()
 
 
 def test_what_a_result_says_it_was_made_from_holds_for_its_own_weights_alone(
-    place: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = place / "kept.safetensors"
     run("export", place / "first", "--form", "dense", "--out", place / "dense")
     trained = changed(place / "dense", place / "trained", "shared.weight")
     words = ("--statistics", file, "--rank", 2, "--out", place / "out")
-    message = refused(capfd, caplog, "compress", trained, *words)
+    message = refused(caplog, "compress", trained, *words)
     assert "does not say that it was made from that" in message
     assert "provenance.json: was written for other weights" in told(caplog)
     (place / "dense" / "provenance.json").write_text("[")
     (place / "dense" / "SHA256SUMS").unlink()
-    assert "another model" in refused(capfd, caplog, "compress", place / "dense", *words)
+    assert "another model" in refused(caplog, "compress", place / "dense", *words)
     assert "provenance.json: not readable" in told(caplog)
     mcsmoe.save(model(seed=5), place / "other")
     calibrate = ("--calibration", place / "tokens.jsonl")
     run("merge", place / "other", *calibrate, "--experts", 3, "--alignment", "none", "--out", place / "sibling")
-    assert "another model" in refused(capfd, caplog, "compress", place / "sibling", *words)
+    assert "another model" in refused(caplog, "compress", place / "sibling", *words)
 
 
 def stage(patch: pytest.MonkeyPatch, script: str, *words: object) -> None:

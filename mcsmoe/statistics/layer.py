@@ -183,6 +183,11 @@ class LayerStatistics:
         missing = [name for name in wanted if name not in tensors]
         if missing:
             raise ValueError(f"layer {layer!r}: statistic {missing[0]!r} is missing; collect the statistics again")
+        flat = [name for name in ("wanted_E", "input_sum_ED") if tensors[name].ndim != len(name.rsplit("_", 1)[-1])]
+        if flat:
+            raise ValueError(
+                f"layer {layer!r}: statistic {flat[0]!r} has shape {tuple(tensors[flat[0]].shape)}; collect them again"
+            )
         experts, width = tensors["wanted_E"].shape[0], tensors["input_sum_ED"].shape[-1]
         sizes = {"E": experts, "D": width}
         for name in (*wanted, *(["input_gram_EDD"] if "input_gram_EDD" in tensors else [])):
@@ -198,6 +203,10 @@ class LayerStatistics:
             raise ValueError(
                 f"layer {layer!r}: its reservoir has only {sorted(complete)}; collect the statistics again"
             )
+        slots = complete["key_ES"].shape[1:] if complete else ()
+        for name, tensor in complete.items():
+            if tensor.shape != (experts, *slots, *((width,) if name == "input_ESD" else ())) or len(slots) != 1:
+                raise ValueError(f"layer {layer!r}: the reservoir's {name!r} has shape {tuple(tensor.shape)}")
         sums = {name.removeprefix(_OUTPUTS): tensors[name] for name in tensors if name.startswith(_OUTPUTS)}
         try:
             outputs = OutputSums.from_tensors(sums, experts, width) if sums else None
