@@ -36,11 +36,13 @@ from mcsmoe import methods
 from mcsmoe.workflow import provenance
 from mcsmoe.workflow import forkserver
 from mcsmoe.workflow.options import as_flags
+from mcsmoe.data.packages import versions as package_versions
 from mcsmoe.tracking.address import store_name
 from mcsmoe.workflow.provenance import digest_of
 from mcsmoe.workflow.run import (
     described_in,
     hold_lock,
+    is_language,
     names_by_task,
     say_when_nothing_is_planned,
     task_files,

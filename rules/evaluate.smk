@@ -1,6 +1,7 @@
 rule evaluate:
-    # Answers of a checkpoint on the validation split, and its scores with their intervals.
+    # Answers of a checkpoint on the validation split, or how well it predicts texts, and its scores with their intervals.
     input:
+        unpack(evaluation_reference),
         model=RUN.checkpoint("{checkpoint}"),
         examples=RUN.examples("validation"),
     output:
@@ -20,6 +21,7 @@ rule evaluate:
         device=DEVICE,
         task=lambda wildcards: TASKS[wildcards.task],
         names=labels_of,
+        given=given("reference"),
         options=options("evaluate"),
         limits=limits(),
     message:
@@ -29,5 +31,5 @@ rule evaluate:
             "--model {input.model:q} --task={params.task:q} --examples {input.examples:q} "
             "--seed {wildcards.seed} {params.names} --device={params.device:q} "
             "--predictions {output.predictions:q} --metrics {output.metrics:q} "
-            "{params.limits} {params.options} "
+            "{params.limits} {params.options} {params.given}"
         )

@@ -1,5 +1,7 @@
 rule generate_data:
-    # Data sets in the hub's own schema from the generator, so that everything after this reads real files.
+    # Data sets in the hub's own schema from the generator or from packages, so that everything after this reads real files.
+    input:
+        list(CONFIG["data"]["texts"].values()),
     output:
         train=PLACES.data("{task}", "train"),
         validation=PLACES.data("{task}", "validation"),
@@ -10,10 +12,11 @@ rule generate_data:
     threads: 1
     resources:
         mem_mb=800,
-        runtime=10,
+        runtime=30,
     params:
         **job("generate_data", FRESH),
         task=lambda wildcards: TASKS[wildcards.task],
+        sources=made_from,
         options=data_options("seed", "train_rows", "validation_rows"),
     message:
         "generate data for {wildcards.task}"
@@ -21,5 +24,5 @@ rule generate_data:
         command(
             "--task={params.task:q} "
             "--train {output.train:q} --validation {output.validation:q} "
-            "{params.options} "
+            "{params.options} {params.sources} "
         )

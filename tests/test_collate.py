@@ -138,7 +138,7 @@ def test_tokens_are_kept_under_what_they_follow_from(
     assert len(kept) == 4
     tokenizer("w1 w2 w3", truncation=True, max_length=2)
     with monkeypatch.context() as patch:
-        patch.setattr(collate, "_tokenize", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(collate, "sequences", lambda *_: pytest.fail("tokenised again"))
         assert tokenize(examples, tokenizer, 128, 16, cache=tmp_path).digest == tokens.digest
     for file in kept:
         file.write_bytes(file.read_bytes()[:200])

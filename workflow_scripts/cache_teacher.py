@@ -31,6 +31,7 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.data.collate import collate, evaluation_batches, tokenize
     from mcsmoe.data.vocabulary import vocabulary_of
     from mcsmoe.device import pick
+    from mcsmoe.evaluate.encoding import is_causal
     from mcsmoe.train.teacher import cache_teacher
 
     torch.set_num_threads(arguments.threads)
@@ -38,12 +39,13 @@ def main(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_model(arguments.model, device=device), load_tokenizer(arguments.model)
     rows = read_table(arguments.train, "examples")
     limits = (arguments.max_input, arguments.max_label, arguments.tokens)
-    train = tokenize(rows, tokenizer, *limits, vocabulary=vocabulary_of(model), where=arguments.train)
+    causal = is_causal(model)
+    train = tokenize(rows, tokenizer, *limits, vocabulary=vocabulary_of(model), where=arguments.train, causal=causal)
     cache_teacher(
         model,
         evaluation_batches(train, arguments.batch_size),
         lambda indices: collate(train, indices),
-        train.label_lengths.tolist(),
+        train.label_counts.tolist(),
         arguments.out,
         {"examples": train.digest, "model": str(arguments.model)},
         device,

@@ -38,13 +38,15 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.data.collate import calibration_batches, tokenize
     from mcsmoe.data.vocabulary import vocabulary_of
     from mcsmoe.device import pick
+    from mcsmoe.evaluate.encoding import is_causal
 
     torch.set_num_threads(arguments.threads)
     model = load_model(arguments.model, device=pick(arguments.device))
     tokenizer = load_tokenizer(arguments.model)
     rows = read_table(arguments.train, "examples")
     limits = (arguments.max_input, arguments.max_label, arguments.tokens)
-    train = tokenize(rows, tokenizer, *limits, vocabulary=vocabulary_of(model), where=arguments.train)
+    causal = is_causal(model)
+    train = tokenize(rows, tokenizer, *limits, vocabulary=vocabulary_of(model), where=arguments.train, causal=causal)
     # One example at a time: Fisher information is a mean of squares.
     batches = calibration_batches(train, arguments.samples, 1, arguments.seed)
     found = collect_gradients(model, adapter_for(model), batches, len(batches))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from mcsmoe import console
 from mcsmoe.workflow import options
@@ -42,6 +43,7 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.calibration.tables import routing_frame
     from mcsmoe.checkpoint.load import load_model, load_tokenizer
     from mcsmoe.data.collate import calibration_batches, tokenize
+    from mcsmoe.data.sequences import is_text
     from mcsmoe.evaluate.encoding import is_causal
     from mcsmoe.statistics.routing import RoutingStatistics
     from mcsmoe.train import processes
@@ -51,8 +53,14 @@ def main(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.model)
     rows = read_table(arguments.train, "examples")
     if is_causal(model):
+        if is_text(rows):
+            given: list[dict[Any, Any]] = [
+                {"text": first + second} for first, second in zip(rows["input"], rows["target"], strict=True)
+            ]
+        else:
+            given = rows[["input", "target"]].to_dict("records")
         batches = cli_text.batches(
-            rows_of(rows[["input", "target"]].to_dict("records"), str(arguments.train)),
+            rows_of(given, str(arguments.train)),
             tokenizer=tokenizer,
             encoder_decoder=False,
             samples=arguments.samples,

@@ -1,12 +1,22 @@
-"""Answer the validation split with a checkpoint, and score the answers with their 95 % intervals."""
+"""Answer the validation split with a checkpoint, or predict its texts, and score it with 95 % intervals."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mcsmoe import console
 from mcsmoe.workflow import options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mcsmoe.data.tasks import Task
+    from mcsmoe.evaluate.confidence import Interval
+
+COMPARED = ("nats_lost", "divergence", "agreement")  # take a reference
 
 EXAMPLE = (
     "python workflow_scripts/evaluate.py --model recovered --task SST-2 --examples validation.parquet "
@@ -19,11 +29,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="checkpoint, stock or compact")
     parser.add_argument("--task", required=True, help="task name, or path of a task file")
     parser.add_argument("--examples", type=Path, required=True, help="examples of the split to report")
+    parser.add_argument("--reference", type=Path, help="the full model, which predicted texts are compared with")
     parser.add_argument("--dense", action="store_true", help="the model has no experts")
     options.add_labels(parser)
     parser.add_argument("--split", default="validation", help="name of the split, for the table")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--predictions", type=Path, required=True, help="written: one row per example")
+    parser.add_argument("--predictions", type=Path, required=True, help="written: one row per example or document")
     parser.add_argument("--metrics", type=Path, required=True, help="written: scores")
     options.add_section(parser, "data", only=("max_input", "max_label"))
     options.add_section(parser, "evaluate")
@@ -31,53 +42,41 @@ def parse() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    import pandas as pd
     import torch
-    from scipy.stats import binomtest
 
-    from mcsmoe.artefacts.tables import read_table, write_table
+    from mcsmoe.artefacts.tables import read_table
     from mcsmoe.checkpoint.load import load_model, load_tokenizer
     from mcsmoe.data.tasks import load_task
     from mcsmoe.device import pick
+
+    torch.set_num_threads(arguments.threads)
+    task, examples = load_task(arguments.task), read_table(arguments.examples, "examples")
+    device = pick(arguments.device)
+    model = load_model(arguments.model, device=device, dense=arguments.dense)
+    given = {"model": model, "tokenizer": load_tokenizer(arguments.model), "examples": examples}
+    given |= {name: getattr(arguments, name) for name in ("batch_size", "max_input", "max_label")}
+    if task.is_language:
+        reference = None if arguments.reference is None else load_model(arguments.reference, device=device)
+        score_texts(arguments, task, given, reference)
+    else:
+        score_answers(arguments, task, given)
+
+
+def score_answers(arguments: argparse.Namespace, task: Task, given: dict[str, Any]) -> None:
+    """Answer every question, and score the answers."""
+    from scipy.stats import binomtest
+
+    from mcsmoe.artefacts.tables import write_table
     from mcsmoe.evaluate.confidence import interval
     from mcsmoe.evaluate.metrics import positive_answer
     from mcsmoe.evaluate.protocols import predict
 
-    torch.set_num_threads(arguments.threads)
-    device = pick(arguments.device)
-    model = load_model(arguments.model, device=device, dense=arguments.dense)
-    tokenizer = load_tokenizer(arguments.model)
-    task = load_task(arguments.task)
     protocol = task.asked(arguments.protocol)
-    examples = read_table(arguments.examples, "examples")
-    predictions = predict(
-        model=model,
-        tokenizer=tokenizer,
-        examples=examples,
-        protocol=protocol,
-        batch_size=arguments.batch_size,
-        max_input=arguments.max_input,
-        max_label=arguments.max_label,
-        metric=task.metric,
-    )
-    positive = positive_answer(examples["choices"].tolist())
-    rows = []
-    for metric in task.metrics:
-        found = interval(metric, predictions, positive, resamples=arguments.bootstrap, seed=arguments.seed)
-        rows.append(
-            {
-                **options.labels(arguments, task.name),
-                "split": arguments.split,
-                "protocol": protocol,
-                "metric": metric,
-                "value": found.value,
-                "ci_low": found.low,
-                "ci_high": found.high,
-                "n": found.n,
-            }
-        )
-        words = f"{metric} {found.value:.4f} (95 % interval {found.low:.4f} to {found.high:.4f}, n = {found.n})"
-        console.log.info(words)
+    predictions = predict(**given, protocol=protocol, metric=task.metric)
+    positive = positive_answer(given["examples"]["choices"].tolist())
+    bootstrap = {"resamples": arguments.bootstrap, "seed": arguments.seed}
+    found = [(metric, interval(metric, predictions, positive, **bootstrap)) for metric in task.metrics]
+    rows = rows_of(arguments, task, protocol, found)
     if protocol in ("generate", "paper_compat"):
         counted, total = predictions.attrs["unparsed"], len(predictions)
         bounds = binomtest(counted, total).proportion_ci(method="wilson")
@@ -85,6 +84,43 @@ def main(arguments: argparse.Namespace) -> None:
             {**rows[0], "metric": "unparsed", "value": counted / total, "ci_low": bounds.low, "ci_high": bounds.high}
         )
     write_table(arguments.predictions, predictions, "predictions")
+    write_metrics(arguments, rows)
+
+
+def score_texts(arguments: argparse.Namespace, task: Task, given: dict[str, Any], reference: nn.Module | None) -> None:
+    """Predict every document beside the full model, and score what was predicted by domain."""
+    from mcsmoe.artefacts.tables import write_table
+    from mcsmoe.evaluate.documents import predict_texts
+    from mcsmoe.evaluate.domains import scores
+
+    documents = predict_texts(**given, reference=reference, continuations=arguments.continuations)
+    metrics = task.metrics if reference is not None else [name for name in task.metrics if name not in COMPARED]
+    found = scores(metrics, documents, arguments.bootstrap, arguments.seed)
+    rows = rows_of(arguments, task, task.protocol, found)
+    write_table(arguments.predictions, documents, "documents")
+    write_metrics(arguments, rows)
+
+
+def rows_of(
+    arguments: argparse.Namespace, task: Task, protocol: str, found: Iterable[tuple[str, Interval]]
+) -> list[dict[str, Any]]:
+    """Rows of table ``metrics``, each also told in words."""
+    rows = []
+    for metric, score in found:
+        labels = {"split": arguments.split, "protocol": protocol, "metric": metric}
+        bounds = {"value": score.value, "ci_low": score.low, "ci_high": score.high, "n": score.n}
+        rows.append({**options.labels(arguments, task.name), **labels, **bounds})
+        words = f"{metric} {score.value:.4f} (95 % interval {score.low:.4f} to {score.high:.4f}, n = {score.n})"
+        console.log.info(words)
+    return rows
+
+
+def write_metrics(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write table ``metrics``."""
+    import pandas as pd
+
+    from mcsmoe.artefacts.tables import write_table
+
     write_table(arguments.metrics, pd.DataFrame(rows), "metrics")
 
 

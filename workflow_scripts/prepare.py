@@ -66,13 +66,15 @@ def texts(arguments: argparse.Namespace) -> list[str]:
     """The corpus, one paragraph an entry."""
     from mcsmoe.artefacts.tables import read_table
     from mcsmoe.data import sources
+    from mcsmoe.data.sequences import is_text
 
     source: dict[str, Any] = {"kind": "synthetic"}
     if arguments.corpus == "files":
         source = {"kind": "files", "files": arguments.files, "column": arguments.column}
-    found = list(sources.corpus(source, arguments.corpus_seed))
+    found = [] if arguments.corpus == "tasks" else list(sources.corpus(source, arguments.corpus_seed))
     for file in arguments.examples:
-        found += read_table(file, "examples")["input"].tolist()
+        rows = read_table(file, "examples")
+        found += (rows["input"] + rows["target"] if is_text(rows) else rows["input"]).tolist()
     return found
 
 

@@ -52,7 +52,8 @@ def main(arguments: argparse.Namespace) -> None:
         console.log.warning("paper_compat: checkpoints are selected on the split that is reported, as the paper did")
         selection = validation
     else:
-        train, selection = sources.split_selection(train, arguments.selection_rows, arguments.seed)
+        together = not task.is_language
+        train, selection = sources.split_selection(train, arguments.selection_rows, arguments.seed, together=together)
     written = ((arguments.train, train), (arguments.selection, selection), (arguments.validation, validation))
     for path, examples in written:
         write_table(path, examples, "examples")

@@ -63,6 +63,21 @@ def _sums(column: str, *within: str) -> Callable[[pd.DataFrame], str | None]:
     return check
 
 
+_UNBOUNDED = ("nats", "nats_lost", "perplexity", "divergence")
+"""Metrics whose values are no shares; of a domain they are called ``nats/DOMAIN`` and so on."""
+
+
+def _scores(frame: pd.DataFrame) -> str | None:
+    names = frame["metric"].str.partition("/")[0]
+    share = ~names.isin(_UNBOUNDED).to_numpy()
+    values = frame["value"].to_numpy()
+    bad = (share & ((values < 0) | (values > 1))) | (~share & (names != "nats_lost").to_numpy() & (values < 0))
+    if not bad.any():
+        return None
+    row = int(bad.argmax())
+    return f"row {row}: column 'value' is {values[row]}, which {frame['metric'].iloc[row]!r} cannot be"
+
+
 _EXPERT = {"expert": _COUNT}
 _COST = ("generate_latency_ms", "generate_latency_spread_ms", "generate_tokens_per_second")
 
@@ -104,9 +119,23 @@ VALUES: dict[str, Values] = {
     ),
     "selection": Values(key=("step",), ranges={"step": _COUNT}, rows=False),
     "predictions": Values(key=("idx",), ranges={"score": _ANY}),
+    "documents": Values(
+        key=("idx",),
+        ranges={
+            "tokens": _COUNT,
+            "nats": _AMOUNT,
+            "reference_nats": _AMOUNT,
+            "divergence": _AMOUNT,
+            "agreement": _COUNT,
+            "looping": _SHARE,
+            "distinct_4grams": _SHARE,
+        },
+        unknown=frozenset({"reference_nats", "divergence", "agreement", "looping", "distinct_4grams"}),
+    ),
     "metrics": Values(
-        ranges={"value": _SHARE, "n": _COUNT, "experts": _COUNT},
+        ranges={"value": _ANY, "n": _COUNT, "experts": _COUNT},
         unknown=frozenset({"value", "ci_low", "ci_high"}),
+        more=_scores,
     ),
     "cost": Values(ranges={"parameters": _COUNT, "bytes_on_disk": _COUNT, "flops": _COUNT}, unknown=frozenset(_COST)),
     "language": Values(
@@ -114,9 +143,10 @@ VALUES: dict[str, Values] = {
         unknown=frozenset({"reference_nats", "divergence", "agreement"}),
     ),
     "summary": Values(
-        ranges={"value": _SHARE, "n": _COUNT},
+        ranges={"value": _ANY, "n": _COUNT},
         unknown=frozenset({"value", "ci_low", "ci_high", "difference", "p_value"}),
         rows=False,
+        more=_scores,
     ),
 }
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mcsmoe.artefacts.atomic import atomic_file
+from mcsmoe.data.sequences import is_text, sequences, special_tokens
 from mcsmoe.data.vocabulary import check_ids, check_rows
 from mcsmoe.types import IGNORED, Batch
 
@@ -39,7 +40,7 @@ class Tokenised:
 
     Attributes:
         input_ids: [sum of input lengths] int32; example i is ``input_ids[input_offsets[i]:input_offsets[i + 1]]``.
-        label_ids: likewise, of the targets.
+        label_ids: likewise, of the targets; of a decoder-only model the token after each, -100 where none is asked for.
         pad: id that pads inputs.
         truncated: how many inputs were cut to the limit.
     """
@@ -63,6 +64,11 @@ class Tokenised:
     def label_lengths(self) -> Offsets:
         """[N] tokens of each target."""
         return np.diff(self.label_offsets)
+
+    @cached_property
+    def label_counts(self) -> Offsets:
+        """[N] tokens that are asked for."""
+        return np.add.reduceat(self.label_ids != IGNORED, self.label_offsets[:-1], dtype=np.int64)
 
     @cached_property
     def digest(self) -> str:
@@ -96,20 +102,6 @@ class Tokenised:
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------
-def require_special_tokens(tokenizer: Any) -> tuple[int, int]:
-    """(pad, end) token ids.
-
-    Raises:
-        ValueError: the tokenizer lacks one; names it.
-    """
-    for name in ("pad_token", "eos_token"):
-        if getattr(tokenizer, f"{name}_id", None) is None:
-            raise ValueError(
-                f"the tokenizer has no {name}, which batches need; set it (tokenizer.{name} = ...) and save it again"
-            )
-    return int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
-
-
 def tokenize(
     examples: pd.DataFrame,
     tokenizer: Any,
@@ -119,8 +111,9 @@ def tokenize(
     *,
     vocabulary: int | None = None,
     where: object = "examples",
+    causal: bool = False,
 ) -> Tokenised:
-    """Tokens of table ``examples``, inputs and targets each closed by one end token.
+    """Tokens of table ``examples``, as ``mcsmoe.data.sequences`` says; answers are closed by one end token.
 
     Args:
         max_input: longest input, end token included; longer ones lose what is last, and are counted and reported.
@@ -129,21 +122,24 @@ def tokenize(
             and are looked for before anything is tokenised.
         vocabulary: how many embeddings the model has; None checks no token against it.
         where: the file that the examples are from, for messages.
+        causal: whether the model is decoder-only.
 
     Raises:
         ValueError: a target over ``max_label``, no examples, a tokenizer without pad or end token, or a token that the
             model has no embedding for; names the file, the example and the token.
     """
-    pad, eos = require_special_tokens(tokenizer)
+    special = special_tokens(tokenizer, causal)
     if vocabulary is not None:
-        check_ids((pad, eos), vocabulary, "the tokenizer", tokenizer)
+        check_ids(special, vocabulary, "the tokenizer", tokenizer)
     if not len(examples):
         raise ValueError("there are no examples to tokenise; give a split with rows")
-    key = None if cache is None else _key(examples, tokenizer, (max_input, max_label, pad, eos))
+    form = (causal, is_text(examples))
+    key = None if cache is None else _key(examples, tokenizer, (max_input, max_label, *special, *form))
     path = None if cache is None or key is None else Path(cache) / f"tokens-{key}.npz"
     made = _stored(path)
     if made is None:
-        made = _tokenize(examples, tokenizer, max_input, max_label, (pad, eos))
+        found = sequences(examples, tokenizer, max_input, max_label, special, causal)
+        made = Tokenised(*_flat(found.inputs), *_flat(found.labels), special.pad, found.truncated)
         if path is not None:
             made.save(path)
     if vocabulary is not None:
@@ -177,35 +173,6 @@ def _key(examples: pd.DataFrame, tokenizer: Any, settings: tuple[int, ...]) -> s
         for text in examples[column]:
             found.update(str(len(text)).encode() + b"\0" + text.encode())
     return found.hexdigest()[:24]
-
-
-def _tokenize(
-    examples: pd.DataFrame, tokenizer: Any, max_input: int, max_label: int, special: tuple[int, int]
-) -> Tokenised:
-    pad, eos = special
-    inputs = [_closed(ids, eos) for ids in tokenizer(examples["input"].tolist(), verbose=False)["input_ids"]]
-    labels = [
-        _closed(ids, eos) for ids in tokenizer(text_target=examples["target"].tolist(), verbose=False)["input_ids"]
-    ]
-    for row, ids in enumerate(labels):
-        if len(ids) > max_label:
-            raise ValueError(
-                f"example {examples['idx'].iloc[row]}: field target has {len(ids)} tokens, end token included, more "
-                f"than max_label ({max_label}); raise data.max_label or leave the example out"
-            )
-    long = [row for row, ids in enumerate(inputs) if len(ids) > max_input]
-    if long:
-        texts = [examples["input"].iloc[row] for row in long]
-        cut = tokenizer(texts, truncation=True, max_length=max_input)["input_ids"]
-        for row, ids in zip(long, cut, strict=True):
-            inputs[row] = ids if ids[-1] == eos else [*ids[: max_input - 1], eos]
-    input_ids, input_offsets = _flat(inputs)
-    label_ids, label_offsets = _flat(labels)
-    return Tokenised(input_ids, input_offsets, label_ids, label_offsets, pad, len(long))
-
-
-def _closed(ids: list[int], eos: int) -> list[int]:
-    return ids if ids and ids[-1] == eos else [*ids, eos]
 
 
 def _flat(rows: list[list[int]]) -> tuple[Ids, Offsets]:

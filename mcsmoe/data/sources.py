@@ -2,8 +2,9 @@
 
 A source of rows is ``{"kind": "synthetic"}``, ``{"kind": "files", "folder": path}`` (``folder/<task>/<split>.parquet``,
 ``.jsonl`` or ``.csv``), ``{"kind": "files", "files": {split: path}}`` (or ``{task: {split: path}}``), or
-``{"kind": "hub"}`` (``mirror``: a folder that holds copies of the repositories; ``offline``: use the cache alone). All
-take ``train_rows`` and ``validation_rows``: how many rows to generate, or the most to use.
+``{"kind": "hub"}`` (``mirror``: a folder that holds copies of the repositories; ``offline``: use the cache alone), or, for
+tasks of language, ``{"kind": "sources", "packages": [...], "texts": {domain: file}, "characters": longest}``: the source
+files of installed packages. All take ``train_rows`` and ``validation_rows``: how many rows to generate, or the most to use.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from mcsmoe.data.files import check_file, read_rows, suffixes
 from mcsmoe.data.lines import lines
+from mcsmoe.data.packages import CHARACTERS, CODE, DOCSTRINGS, Passage, documents, passages, versions
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from mcsmoe.data.tasks import Task
 
+KINDS = ("synthetic", "files", "hub", "sources")
 SPLITS = ("train", "validation")
 Source = Mapping[str, Any]
 _HEADING = re.compile(r"^\s*=\s.*\s=\s*$")  # wikitext's titles: " = Title = "
@@ -86,8 +89,25 @@ def check(source: Source, task: Task) -> None:
     elif kind == "hub":
         if task.hub is None:
             raise ValueError(f"data.source is 'hub', but {task.file} names no data set there; add hub, or use files")
+    elif kind == "sources":
+        _check_sources(source, task)
     else:
-        raise ValueError(f"data.source is {kind!r}; use one of synthetic, files, hub")
+        raise ValueError(f"data.source is {kind!r}; use one of {', '.join(KINDS)}")
+
+
+def _check_sources(source: Source, task: Task) -> None:
+    wanted = {"idx", "domain", "text"}
+    if not task.is_language or not set(task.columns) <= wanted:
+        raise ValueError(
+            f"data.source is 'sources', which has text and no rows of task {task.name}; use Language, or another source"
+        )
+    if not source.get("packages") and not source.get("texts"):
+        raise ValueError("data.packages and data.texts are empty, but data.source is 'sources'; name one of them")
+    versions(source.get("packages", ()))
+    for domain, file in source.get("texts", {}).items():
+        if domain in (CODE, DOCSTRINGS):
+            raise ValueError(f"data.texts names domain {domain!r}, which is that of packages; call it otherwise")
+        next(documents(Path(file)), None)
 
 
 def load_split(source: Source, task: Task, split: str, seed: int) -> pd.DataFrame:
@@ -114,9 +134,24 @@ def load_split(source: Source, task: Task, split: str, seed: int) -> pd.DataFram
 
         check(source, task)
         frame = load(task, split, source.get("mirror"), bool(source.get("offline")))
+    elif kind == "sources":
+        import pandas as pd
+
+        check(source, task)
+        return pd.DataFrame(_passages(source, split, rows))
     else:
-        raise ValueError(f"data.source is {kind!r}; use one of synthetic, files, hub")
+        raise ValueError(f"data.source is {kind!r}; use one of {', '.join(KINDS)}")
     return frame if rows is None or rows >= len(frame) else _limit(frame, task, int(rows), seed)
+
+
+def _passages(source: Source, split: str, rows: int | None) -> list[Passage]:
+    return passages(
+        source.get("packages", ()),
+        split,
+        source.get("characters", CHARACTERS),
+        rows,
+        source.get("texts", {}),
+    )
 
 
 def _limit(frame: pd.DataFrame, task: Task, rows: int, seed: int) -> pd.DataFrame:
@@ -133,12 +168,18 @@ def _limit(frame: pd.DataFrame, task: Task, rows: int, seed: int) -> pd.DataFram
 
 
 def split_selection(
-    examples: pd.DataFrame, rows: int | None = None, seed: int = 0, *, fraction: float | None = None
+    examples: pd.DataFrame,
+    rows: int | None = None,
+    seed: int = 0,
+    *,
+    fraction: float | None = None,
+    together: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Set a slice of the training examples aside to select checkpoints on; the examples of a group stay together.
 
     Args:
         rows: size of the slice; it is exceeded by less than one group. Or give ``fraction`` of the examples.
+        together: whether the column ``group`` names what must not be parted; not where it names domains.
 
     Returns:
         (training examples, selection examples), each in the order they came.
@@ -151,7 +192,7 @@ def split_selection(
     if (rows is None) == (fraction is None):
         raise ValueError("give either the rows or the fraction of the selection slice")
     wanted = int(rows) if rows is not None else round(len(examples) * float(fraction or 0))
-    keys = [group or f"\0{number}" for number, group in enumerate(examples["group"].tolist())]
+    keys = [group * together or f"\0{number}" for number, group in enumerate(examples["group"].tolist())]
     names, inverse, sizes = np.unique(np.asarray(keys), return_inverse=True, return_counts=True)
     order = np.random.default_rng((seed, 1)).permutation(len(names))
     before = np.cumsum(sizes[order]) - sizes[order]
@@ -196,7 +237,7 @@ def check_corpus(source: Source) -> None:
     if kind == "synthetic":
         return
     if kind != "files":
-        raise ValueError(f"pretrain.corpus is {kind!r}; use one of synthetic, files")
+        raise ValueError(f"pretrain.corpus is {kind!r}; use one of synthetic, files, tasks")
     if not source.get("files"):
         raise ValueError("pretrain.files is empty, but pretrain.corpus is 'files'; list the files to read")
     for file in source["files"]:

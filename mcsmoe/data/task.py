@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _HIDDEN = ("-1", "", "None", "nan")  # how data sets write a test label that is kept secret
+LANGUAGE = "language"
+"""The protocol of a task that has no answers: text is predicted."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class Task:
         label_values: what that column holds for each choice in order: a list, an expression, or None for 0, 1, ...
         references: expression that gives all accepted answers, the first being the target; None for ranked tasks.
         idx: template of the identifier; None numbers the rows.
-        group: template of what a grouped metric averages over; None for no groups.
-        protocol: ``rank`` or ``generate``.
+        group: template of what a grouped metric averages over, or of the domain of a text; None for no groups.
+        text: column whose text is predicted, its second half after its first; None where a question is answered.
+        protocol: ``rank``, ``generate`` or ``language``.
         metrics: the main metric first.
         compat_prompt: template in place of ``prompt`` under the ``paper_compat`` protocol; None for the same.
         file: the task's own file.
@@ -71,6 +74,7 @@ class Task:
     idx: str | None = None
     group: str | None = None
     compat_prompt: str | None = None
+    text: str | None = None
     published: Published = Published()
 
     @property
@@ -78,9 +82,17 @@ class Task:
         """The main metric."""
         return self.metrics[0]
 
+    @property
+    def is_language(self) -> bool:
+        """Whether it is about predicting text, by document, and not about answers."""
+        return self.protocol == LANGUAGE
+
     def asked(self, protocol: str) -> str:
-        """The protocol to use where the configuration asks for ``protocol``: ``auto`` is the task's own."""
-        return self.protocol if protocol == "auto" else protocol
+        """The protocol to use where the configuration asks for ``protocol``: ``auto`` is the task's own.
+
+        A task of language has no other than its own.
+        """
+        return self.protocol if protocol == "auto" or self.is_language else protocol
 
     # -- rows to examples ----------------------------------------------------------------------------------------
     def examples(
@@ -101,7 +113,7 @@ class Task:
 
         where = f"{self.name}, split {split}" + (f", {file}" if file is not None else "")
         self._check_frame(frame, where)
-        prompt = self._templates["compat_prompt" if compat and self.compat_prompt else "prompt"]
+        prompt = self._templates.get("compat_prompt" if compat and self.compat_prompt else "prompt", str)
         rows: list[dict[str, Any]] = []
         names = list(self.columns)
         for number, values in enumerate(zip(*(frame[name].tolist() for name in names), strict=True)):
@@ -124,7 +136,7 @@ class Task:
 
     def groups(self, frame: pd.DataFrame) -> list[str]:
         """The group of every row, by which rows must stay together; the row's number where the task has no groups."""
-        if self.group is None:
+        if self.group is None or self.is_language:  # a domain is no group: every document is by itself
             return [str(number) for number in range(len(frame))]
         template, names = self._templates["group"], list(self.columns)
         values = zip(*(frame[name].tolist() for name in names), strict=True)
@@ -141,6 +153,8 @@ class Task:
             raise ValueError(f"{where}: the split has no rows; give a file with rows")
 
     def _example(self, row: dict[str, Any], number: int, prompt: templates.Template, place: str) -> dict[str, Any]:
+        if self.text is not None:
+            return self._document(row, number, place)
         choices, label, references = [], -1, []
         if self.protocol == "rank":
             choices = self._choices(row, place)
@@ -151,14 +165,26 @@ class Task:
             references = self._list("references", row, place)
             target = references[0]
         return {
-            "idx": self._templates["idx"](row) if self.idx is not None else str(number),
+            **self._names(row, number),
             "input": prompt(row),
             "target": target,
             "choices": choices,
             "label": label,
             "references": references,
+        }
+
+    def _names(self, row: dict[str, Any], number: int) -> dict[str, str]:
+        return {
+            "idx": self._templates["idx"](row) if self.idx is not None else str(number),
             "group": self._templates["group"](row) if self.group is not None else "",
         }
+
+    def _document(self, row: dict[str, Any], number: int, place: str) -> dict[str, Any]:
+        first, second = halves(row[str(self.text)])
+        if not first or not second.strip():
+            raise ValueError(f"{place}: column {self.text!r} is too short to be predicted; leave the row out")
+        more = {"input": first, "target": second, "choices": [], "label": -1, "references": []}
+        return {**self._names(row, number), **more}
 
     def _choices(self, row: dict[str, Any], place: str) -> list[str]:
         if isinstance(self.choices, tuple):
@@ -213,9 +239,19 @@ class Task:
         """Compiled once; a field that is absent has no entry."""
         made: dict[str, Callable[[Mapping[str, Any]], Any]] = {}
         for field in ("prompt", "compat_prompt", "idx", "group"):
-            if (text := getattr(self, field)) is not None:
+            if text := getattr(self, field):
                 made[field] = templates.template(text, self.columns, f"{self.file}: {field}")
         for field in ("choices", "label_values", "references"):
             if isinstance(text := getattr(self, field), str):
                 made[field] = templates.expression(text, self.columns, f"{self.file}: {field}")
         return made
+
+
+def halves(text: str) -> tuple[str, str]:
+    """A text cut at the white space nearest to its middle, which the second half begins with; together they are the text."""
+    middle = len(text) // 2
+    before = max(text.rfind(space, 0, middle) for space in (" ", "\n"))
+    after = min((found for space in (" ", "\n") if (found := text.find(space, middle)) > 0), default=-1)
+    places = [place for place in (before, after) if place > 0]
+    cut = min(places, key=lambda place: abs(place - middle), default=middle)
+    return text[:cut], text[cut:]

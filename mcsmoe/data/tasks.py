@@ -15,17 +15,22 @@ from typing import Any
 from mcsmoe.artefacts.names import TAKEN_BY_RESULTS, check_folder_name
 from mcsmoe.data.columns import as_columns
 from mcsmoe.data.lines import shown
-from mcsmoe.data.task import Hub, Published, Task
+from mcsmoe.data.task import LANGUAGE, Hub, Published, Task
 
 __all__ = ["FOLDER", "METRICS", "PROTOCOLS", "Hub", "Published", "Task", "known_tasks", "load_task"]
 
 FOLDER = Path(__file__).with_name("tasks")
-PROTOCOLS = ("rank", "generate")
-METRICS = ("accuracy", "f1", "macro_f1", "f1a", "f1m", "exact_match", "token_f1", "hotpot_f1")
+PROTOCOLS = ("rank", "generate", LANGUAGE)
+LANGUAGE_METRICS = ("nats", "nats_lost", "perplexity", "divergence", "agreement", "looping", "distinct_4grams")
+METRICS = ("accuracy", "f1", "macro_f1", "f1a", "f1m", "exact_match", "token_f1", "hotpot_f1", *LANGUAGE_METRICS)
 """Names a task file may list; ``mcsmoe.evaluate.metrics`` computes them. The first one listed is the main metric."""
 
-_REQUIRED = ("name", "description", "columns", "prompt", "protocol", "metrics")
-_OPTIONAL = ("hub", "idx", "group", "choices", "label", "label_values", "references", "compat_prompt", "published")
+_REQUIRED = ("name", "description", "columns", "protocol", "metrics")
+_OPTIONAL = (
+    *("prompt", "text", "hub", "idx", "group", "choices", "label", "label_values", "references", "compat_prompt"),
+    "published",
+)
+_TEXTS = ("name", "description", "prompt", "text", "protocol", "idx", "group", "label", "references", "compat_prompt")
 _LONGEST = 1_000_000  # bytes of a task file
 _HALF = re.compile(r"\\(?:u|U0000)[dD][89a-fA-F][0-9a-fA-F]{2}")
 
@@ -77,7 +82,7 @@ def _read(path: Path) -> Task:
     missing = [field for field in _REQUIRED if raw.get(field) in (None, "", [], {})]
     if missing:
         raise ValueError(f"{where}: field {missing[0]!r} is missing; add it")
-    for field in ("name", "description", "prompt", "protocol", "idx", "group", "label", "references", "compat_prompt"):
+    for field in _TEXTS:
         if raw.get(field) is not None and not isinstance(raw[field], str):
             raise ValueError(f"{where}: {field} is {shown(raw[field])}, which is not text; write it in quotes")
     check_folder_name(f"{where}: name", raw["name"], TAKEN_BY_RESULTS)
@@ -88,13 +93,13 @@ def _read(path: Path) -> Task:
         _one_of(metric, METRICS, f"{where}: metrics")
     as_columns(raw["columns"], where)
     texts: dict[str, Any] = {
-        field: raw.get(field) for field in ("label", "references", "idx", "group", "compat_prompt")
+        field: raw.get(field) for field in ("label", "references", "idx", "group", "compat_prompt", "text")
     }
     task = Task(
         name=raw["name"],
         description=raw["description"],
         columns=raw["columns"],
-        prompt=raw["prompt"],
+        prompt=raw.get("prompt") or "",
         protocol=raw["protocol"],
         metrics=tuple(raw["metrics"]),
         file=path,
@@ -114,6 +119,21 @@ def _is_bool(raw: Mapping[str, Any]) -> bool:
 
 def _check_answers(task: Task, where: str) -> None:
     """What the protocol needs is there, and templates use columns that are there."""
+    if task.is_language != (task.text is not None):
+        raise ValueError(
+            f"{where}: protocol is {task.protocol!r} and text is {task.text!r}; a task of language, and no other, names the "
+            "column of its text"
+        )
+    if task.is_language:
+        _check_language(task, where)
+        return
+    if not task.prompt:
+        raise ValueError(f"{where}: field 'prompt' is missing; add it")
+    if set(task.metrics) & set(LANGUAGE_METRICS):
+        raise ValueError(
+            f"{where}: metrics names {sorted(set(task.metrics) & set(LANGUAGE_METRICS))[0]!r}, which is of tasks of "
+            "language; set protocol: language, or use another"
+        )
     if task.protocol == "rank":
         if not task.choices or task.label is None:
             raise ValueError(f"{where}: protocol is 'rank', which needs choices and label; add them")
@@ -135,6 +155,20 @@ def _check_answers(task: Task, where: str) -> None:
                 )
     elif task.references is None:
         raise ValueError(f"{where}: protocol is 'generate', which needs references; add the expression")
+    _ = task._templates
+
+
+def _check_language(task: Task, where: str) -> None:
+    if task.columns.get(str(task.text)) != "string":
+        raise ValueError(f"{where}: text is {task.text!r}, which is not among columns as a string; correct it")
+    for field in ("prompt", "choices", "label", "references", "compat_prompt"):
+        if getattr(task, field):
+            raise ValueError(f"{where}: {field} is given, and a task of language asks nothing; leave it out")
+    other = [metric for metric in task.metrics if metric not in LANGUAGE_METRICS]
+    if other:
+        raise ValueError(
+            f"{where}: metrics names {other[0]!r}, which scores answers; use those of {', '.join(LANGUAGE_METRICS)}"
+        )
     _ = task._templates
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mcsmoe.evaluate.metrics import Array, Units, units
+from mcsmoe.evaluate.metrics import LESS_IS_BETTER, Array, Units, units
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,7 +141,7 @@ def aligned(full: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
             f"{len(there - here)} only in the compared ones, among them idx {odd[0]!r}; evaluate both on one split"
         )
     ordered = other.set_index("idx", drop=False).loc[full["idx"].tolist()].reset_index(drop=True)
-    for column in ("reference", "group"):
+    for column in (column for column in ("reference", "group") if column in full):
         differs = (ordered[column].to_numpy() != full[column].to_numpy()).nonzero()[0]
         if len(differs):
             row = int(differs[0])
@@ -172,11 +172,11 @@ def _both_tails(differences: Array) -> float:
     return min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1))
 
 
-def verdict(difference: float, p_value: float) -> str:
+def verdict(difference: float, p_value: float, less_is_better: bool = False) -> str:
     """In words, what a difference of two scores and its p-value allow one to say."""
     if p_value >= SIGNIFICANCE or difference == 0:
         return "within noise"
-    return "better" if difference > 0 else "worse"
+    return "better" if (difference < 0) == less_is_better else "worse"
 
 
 def _pair(full: Units, other: Units) -> Array:
@@ -201,7 +201,7 @@ def paired(
     is ``better``, ``worse`` or ``within noise``.
 
     Args:
-        full, other: tables ``predictions``, of the same examples in any order.
+        full, other: tables ``predictions`` or ``documents``, of the same examples in any order.
         metric, positive, level, resamples, seed: as in ``interval``.
 
     Raises:
@@ -220,7 +220,8 @@ def paired(
         p_value = mcnemar(before.statistics_US[:, 0] > 0, after.statistics_US[:, 0] > 0)
     else:
         test, p_value = BOOTSTRAP, _both_tails(differences)
-    return Comparison(difference, low, high, p_value, test, verdict(difference, p_value), before.n)
+    said = verdict(difference, p_value, metric in LESS_IS_BETTER)
+    return Comparison(difference, low, high, p_value, test, said, before.n)
 
 
 def over_seeds(values: Sequence[float]) -> Seeds:

@@ -26,6 +26,7 @@ Array = NDArray[np.float64]
 SEPARATOR = " | "  # between the references in one cell of table ``predictions``
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_LARGEST_EXPONENT = 700.0  # of what a float holds
 _CLOSED_ANSWERS = frozenset({"yes", "no", "noanswer"})
 
 
@@ -36,7 +37,7 @@ class Units:
     Attributes:
         ids: the U units: ``idx`` of the example, or the question.
         statistics_US: each unit's contribution to S sums.
-        combine: (..., S) sums -> (...) values of the metric, in [0, 1].
+        combine: (..., S) sums -> (...) values of the metric; of a score of answers in [0, 1].
         binary: each unit contributes 0 or 1 and the metric is their mean, so an exact test of proportions applies.
     """
 
@@ -209,6 +210,36 @@ def _exact_match(predictions: pd.DataFrame, positive: str) -> Units:
     return _means(questions.tolist(), (sums[:, 0] == 0).astype(np.float64), binary=True)
 
 
+# -- one unit = one document ---------------------------------------------------------------------------------------
+def _over_tokens(*columns: str) -> Callable[[pd.DataFrame, str], Units]:
+    """The first column, less the others, by token."""
+
+    def units_of(documents: pd.DataFrame, positive: str) -> Units:
+        first, *others = (documents[column].to_numpy(np.float64) for column in columns)
+        values = first - sum(others) if others else first
+        statistics = np.column_stack([values, documents["tokens"].to_numpy(np.float64)])
+        return Units(np.asarray(documents["idx"].tolist(), dtype=str), statistics, _mean)
+
+    return units_of
+
+
+def _perplexity(documents: pd.DataFrame, positive: str) -> Units:
+    nats = _over_tokens("nats")(documents, positive)
+    return Units(nats.ids, nats.statistics_US, lambda sums: np.exp(np.minimum(_mean(sums), _LARGEST_EXPONENT)))
+
+
+def _of_continued(column: str) -> Callable[[pd.DataFrame, str], Units]:
+    """Mean over the documents that were continued."""
+
+    def units_of(documents: pd.DataFrame, positive: str) -> Units:
+        values = documents[column].to_numpy(np.float64)
+        known = ~np.isnan(values)
+        statistics = np.column_stack([np.where(known, values, 0.0), known.astype(np.float64)])
+        return Units(np.asarray(documents["idx"].tolist(), dtype=str), statistics, _mean)
+
+    return units_of
+
+
 def _hotpot_f1(answer: str, references: Sequence[str]) -> float:
     return token_f1(answer, references, closed=True)
 
@@ -222,7 +253,16 @@ METRICS: dict[str, Callable[[pd.DataFrame, str], Units]] = {
     "exact_match": _exact_match,
     "token_f1": _words(token_f1),
     "hotpot_f1": _words(_hotpot_f1),
+    "nats": _over_tokens("nats"),
+    "nats_lost": _over_tokens("nats", "reference_nats"),
+    "perplexity": _perplexity,
+    "divergence": _over_tokens("divergence"),
+    "agreement": _over_tokens("agreement"),
+    "looping": _of_continued("looping"),
+    "distinct_4grams": _of_continued("distinct_4grams"),
 }
+LESS_IS_BETTER = frozenset({"nats", "nats_lost", "perplexity", "divergence", "looping"})
+"""Metrics of which a smaller value is the better one."""
 _ANSWER_SCORES: dict[str, Callable[[str, Sequence[str]], float]] = {"token_f1": token_f1, "hotpot_f1": _hotpot_f1}
 
 
@@ -247,8 +287,11 @@ def units(metric: str, predictions: pd.DataFrame, positive: str = "") -> Units:
             (SQuAD's F1 of words, best over the references), ``hotpot_f1`` (the same with HotpotQA's rule for yes and
             no); MultiRC's ``f1a`` (F1 over all answers) and ``f1m`` (harmonic mean of the precision and the recall
             averaged over questions; Khashabi et al. 2018). Where the column ``group`` names questions, the unit of
-            ``f1a``, ``f1m`` and ``exact_match`` is the question; else, and for the others, it is the example.
-        predictions: table ``predictions``.
+            ``f1a``, ``f1m`` and ``exact_match`` is the question; else, and for the others, it is the example. Of texts:
+            ``nats`` a token, ``nats_lost`` of them to the reference, ``perplexity``, ``divergence`` (KL from the
+            reference), ``agreement`` of the likeliest token with the reference's, and of greedy continuations the share
+            that is ``looping`` and of ``distinct_4grams``; the unit is the document.
+        predictions: table ``predictions``, or ``documents`` for texts.
         positive: the answer that counts as positive in ``f1``, ``f1a`` and ``f1m``.
 
     Raises:

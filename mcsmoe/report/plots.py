@@ -76,7 +76,8 @@ def tradeoff(summary: pd.DataFrame, title: str = "") -> Figure:
     # By hand: matplotlib does not scale to marks that were shifted.
     bottom, top = float(summary["ci_low"].min()), float(summary["ci_high"].max())
     room = 0.06 * max(top - bottom, 0.01)
-    axes.set_ylim(max(0.0, bottom - room), min(1.0 + room / 2, top + room))
+    # A share ends at 1; nats a token do not.
+    axes.set_ylim(max(0.0, bottom - room), min(1.0 + room / 2, top + room) if top <= 1 else top + room)
     axes.set(xlabel="checkpoint on disk (MB)", ylabel=f"{metric} (95 % interval)", title=title)
     axes.grid(axis="y")
     axes.set_axisbelow(True)

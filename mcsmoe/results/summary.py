@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcsmoe.artefacts.layout import Places, RunPlaces
+from mcsmoe.data.task import LANGUAGE
 from mcsmoe.methods import FULL
 
 if TYPE_CHECKING:
@@ -81,11 +82,13 @@ def summarise(runs: Sequence[Run], resamples: int) -> pd.DataFrame:
         if reference is run:
             row |= {"difference": 0.0, "verdict": "reference"}
         elif reference is not None:
+            texts = row["protocol"] == LANGUAGE
+            kind = "documents" if texts else "predictions"
             found = paired(
-                read_table(reference.table("predictions"), "predictions"),
-                read_table(run.table("predictions"), "predictions"),
+                read_table(reference.table("predictions"), kind),
+                read_table(run.table("predictions"), kind),
                 row["metric"],
-                positive=positive_of(run),
+                positive="" if texts else positive_of(run),
                 resamples=resamples,
                 seed=run.seed,
             )

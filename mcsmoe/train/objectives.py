@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mcsmoe.adapters.base import Adapter
+from mcsmoe.evaluate.documents import model_inputs
 from mcsmoe.train.losses import cross_entropy_sum, distillation_sum, load_balance_sum, router_z_sum
 from mcsmoe.train.processes import summed as summed_over_processes
 from mcsmoe.train.teacher import TeacherCache
@@ -29,12 +30,8 @@ def totals_of(batch: dict[str, Tensor]) -> Totals:
     return Totals(rows=labels.shape[0], labels=max(1, int((labels != IGNORED).sum())))
 
 
-_MODEL_INPUTS = ("input_ids", "attention_mask", "labels")
-
-
 def _logits(model: nn.Module, rows: dict[str, Tensor]) -> Tensor:
-    inputs = {name: rows[name] for name in _MODEL_INPUTS if name in rows}
-    return model(**inputs, use_cache=False).logits
+    return model(**model_inputs(getattr(model, "module", model), rows), use_cache=False).logits
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,9 @@ from mcsmoe.checkpoint.save import save_model
 from mcsmoe.data.collate import TaskBatches, Tokenised, tokenize
 from mcsmoe.data.tasks import Task, load_task
 from mcsmoe.data.vocabulary import vocabulary_of
-from mcsmoe.evaluate.metrics import positive_answer
+from mcsmoe.evaluate.documents import text_selector
+from mcsmoe.evaluate.encoding import is_causal
+from mcsmoe.evaluate.metrics import LESS_IS_BETTER, positive_answer
 from mcsmoe.evaluate.protocols import prepare, selector
 from mcsmoe.train import processes
 from mcsmoe.train.loop import Objective, Pruner, Trainer, TrainingPlan, TrainingResult
@@ -105,7 +107,14 @@ class Job:
         model = load_model(told.model, dense=told.dense)
         limits = (told.max_input, told.max_label, told.tokens)
         with processes.main_first():
-            train = tokenize(rows, tokenizer, *limits, vocabulary=vocabulary_of(model), where=told.train)
+            train = tokenize(
+                rows,
+                tokenizer,
+                *limits,
+                vocabulary=vocabulary_of(model),
+                where=told.train,
+                causal=is_causal(model),
+            )
         return Job(
             told,
             settings,
@@ -134,19 +143,7 @@ class Job:
             device=told.device,
             protocol=told.protocol,
         )
-        choose = None
-        if settings["select_every"] and len(self.selection):
-            prepared = prepare(
-                self.model,
-                self.tokenizer,
-                self.selection,
-                self.task.asked(told.protocol),
-                batch_size=4 * settings["batch_size"],
-                max_input=told.max_input,
-                max_label=told.max_label,
-                metric=self.task.metric,
-            )
-            choose = selector(prepared, positive_answer(self.selection["choices"].tolist()))
+        choose = self._selector() if settings["select_every"] and len(self.selection) else None
         trainer = Trainer(
             self.model,
             plan_of(settings, len(self.train), told.seed),
@@ -155,7 +152,7 @@ class Job:
             StateStore(told.state, sign),
             pruner=pruner,
             select=choose,
-            selection_metric=self.task.metric,
+            selection_metric=("minus " if self.task.metric in LESS_IS_BETTER else "") + self.task.metric,
             device=told.device,
         )
         result = trainer.run(f"{Path(script).stem} on {self.task.name}")
@@ -166,6 +163,23 @@ class Job:
             best = result.selection.loc[result.selection["best"]].iloc[-1]
             log.info("kept the state after step %d: %s %.4f", best["step"], best["metric"], best["value"])
         return result
+
+    def _selector(self) -> Callable[[nn.Module], float]:
+        """From a model to its value on the selection slice; the larger, the better."""
+        told, size = self.told, 4 * self.settings["batch_size"]
+        if self.task.is_language:
+            return text_selector(self.model, self.tokenizer, self.selection, size, told.max_input, told.max_label)
+        prepared = prepare(
+            self.model,
+            self.tokenizer,
+            self.selection,
+            self.task.asked(told.protocol),
+            batch_size=size,
+            max_input=told.max_input,
+            max_label=told.max_label,
+            metric=self.task.metric,
+        )
+        return selector(prepared, positive_answer(self.selection["choices"].tolist()))
 
     def save(self, **provenance: Any) -> None:
         """Write the checkpoint, then forget the state it was resumed from."""

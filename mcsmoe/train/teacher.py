@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.digests import check_sums
 from mcsmoe.console import progress
+from mcsmoe.evaluate.documents import model_inputs
 from mcsmoe.types import IGNORED
 
 _STATES, _OFFSETS, _OUTPUT, _INFO = "states.npy", "offsets.npy", "output.safetensors", "teacher.json"
@@ -98,7 +99,7 @@ def cache_teacher(
             for indices in progress(batches, "teacher"):
                 batch = {name: tensor.to(device) for name, tensor in batch_of(indices).items()}
                 seen.clear()
-                model(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}, use_cache=False)
+                model(**model_inputs(model, batch), use_cache=False)
                 kept = seen[-1].float()
                 labelled = batch["labels"] != IGNORED
                 for place, index in enumerate(indices):

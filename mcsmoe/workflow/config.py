@@ -19,6 +19,8 @@ from mcsmoe.workflow.plain import plain
 from mcsmoe.workflow.schema import fill, schema, section
 
 _ROWS = ("train_rows", "validation_rows", "selection_rows")
+SOURCES = ("packages", "texts", "characters")
+"""Settings of the data that say which sources are texts."""
 
 
 # -- messages ----------------------------------------------------------------------------------------------------
@@ -119,6 +121,7 @@ def _sources(config: dict[str, Any]) -> None:
     data = config["data"]
     if data["folder"] is not None:
         data["folder"] = _path("data.folder", data["folder"])
+    data["texts"] = {name: _path(f"data.texts.{name}", file) for name, file in data["texts"].items()}
     if data["source"] == "files" and not data["folder"]:
         raise ValueError("data.folder is not set, but data.source is 'files'; name the folder that holds the tasks")
     for name in config["tasks"]:
@@ -135,7 +138,8 @@ def _sources(config: dict[str, Any]) -> None:
     if config["model"]["checkpoint"] is None:
         if pretrain["corpus"] == "files" and not pretrain["files"]:
             raise ValueError("pretrain.files is empty, but pretrain.corpus is 'files'; list the files to read")
-        sources.check_corpus(corpus(config))
+        if pretrain["corpus"] != "tasks":
+            sources.check_corpus(corpus(config))
 
 
 def source(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,6 +147,8 @@ def source(config: Mapping[str, Any]) -> dict[str, Any]:
     data = config["data"]
     keys = {"train_rows": data["train_rows"], "validation_rows": data["validation_rows"]}
     made = {"kind": data["source"], **{key: value for key, value in keys.items() if value is not None}}
+    if data["source"] == "sources":
+        made |= {key: data[key] for key in SOURCES}
     return made | ({"folder": data["folder"]} if data["source"] == "files" else {})
 
 

@@ -38,6 +38,13 @@ def described_in(spec: str) -> Path:
     return load_task(spec).file
 
 
+def is_language(spec: str) -> bool:
+    """Whether a task is about predicting text."""
+    from mcsmoe.data.tasks import load_task
+
+    return load_task(spec).is_language
+
+
 def task_files(folder: str, spec: str) -> dict[str, Path]:
     """Files of the train and validation split of a task below ``folder``."""
     from mcsmoe.data.sources import find_files

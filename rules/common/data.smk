@@ -1,12 +1,16 @@
 # What the rules of data and of the base model read, and with which options.
 
 
+# Sources whose rows are written here, from the generator or from installed packages.
+MADE_HERE = ("synthetic", "sources")
+
+
 def raw_data(wildcards):
     """The files that the rows of a task are read from; none where they come from the hub."""
     source = CONFIG["data"]["source"]
     if source == "hub":
         return {}
-    if source == "synthetic":
+    if source in MADE_HERE:
         return {
             split: PLACES.data(wildcards.task, split)
             for split in ("train", "validation")
@@ -25,6 +29,15 @@ def data_options(*keys):
     return made
 
 
+def made_from(wildcards):
+    """What texts are taken from, as command-line options: which packages, of which versions, and files."""
+    if CONFIG["data"]["source"] != "sources":
+        return ""
+    told = {key: CONFIG["data"][key] for key in configuration.SOURCES}
+    told["versions"] = package_versions(CONFIG["data"]["packages"])
+    return as_flags({"sources": json.dumps(told, sort_keys=True)})
+
+
 def raw_source(wildcards, input):
     """Where prepare_data reads, as command-line options."""
     if CONFIG["data"]["source"] == "hub":
@@ -40,7 +53,10 @@ def pretraining_input(given):
         if given is None:
             if CONFIG["pretrain"]["corpus"] == "files":
                 found["corpus"] = CONFIG["pretrain"]["files"]
-            if CONFIG["pretrain"]["task_text"]:
+            if (
+                CONFIG["pretrain"]["task_text"]
+                or CONFIG["pretrain"]["corpus"] == "tasks"
+            ):
                 found["examples"] = [
                     PLACES.run(task, wildcards.seed).examples("train") for task in TASKS
                 ]

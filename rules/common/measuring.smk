@@ -37,6 +37,13 @@ def labels_of(wildcards):
     return f"{names} --dense" if METHODS[variant].dense else names
 
 
+def evaluation_reference(wildcards):
+    """The full model, which a model that predicts texts is compared with."""
+    if not is_language(TASKS[wildcards.task]):
+        return {}
+    return {"reference": PLACES.run(wildcards.task, wildcards.seed).full}
+
+
 def everything_measured(wildcards):
     """Scores, costs, curves and groupings of every run."""
     found = {

@@ -24,6 +24,10 @@ CORPUS_ROWS = 2_000
 
 NAMES = ("SST-2", "MRPC", "MultiRC", "COPA", "WinoGrande", "SQuAD", "WikiQA", "HotpotQA")
 
+LANGUAGE = "Language"
+"""The task whose rows are running text in the vocabulary of the others, each of which is a domain."""
+
+CHARACTERS = 300  # longest document
 _VALIDATION_SHARE = 8  # one key in so many
 _PATIENCE = 2_000  # draws in a row that give nothing new before the supply counts as used up
 
@@ -71,9 +75,10 @@ def _generator(name: str) -> Generator:
 
 def require(name: str) -> None:
     """Raises ValueError, with the known names, for a task that the generator does not write."""
-    if name not in NAMES:
+    if name not in (*NAMES, LANGUAGE):
         raise ValueError(
-            f"data.source is 'synthetic', but the generator does not write task {name!r}, only {', '.join(NAMES)}; "
+            f"data.source is 'synthetic', but the generator does not write task {name!r}, only "
+            f"{', '.join((*NAMES, LANGUAGE))}; "
             "set data.source to files or hub"
         )
 
@@ -132,8 +137,31 @@ def generate(name: str, split: str, rows: int | None, seed: int) -> pd.DataFrame
     wanted = ROWS[split] if rows is None else rows
     if wanted < 1:
         raise ValueError(f"data.{split}_rows is {wanted}; at least 1 is needed")
+    if name == LANGUAGE:
+        return pd.DataFrame(_documents(split, wanted, seed))
     made = [row for _, block in _blocks(name, split, wanted, seed) for row in block]
     return pd.DataFrame(made[:wanted])
+
+
+def _documents(split: str, rows: int, seed: int) -> list[Row]:
+    """Running text of every task in turn: rows with ``idx``, ``domain`` and ``text``."""
+    each = -(-rows // len(NAMES))
+    made: dict[str, list[Row]] = {}
+    for name in NAMES:
+        made[name] = []
+        pending = ""
+        for generator, block in _blocks(name, split, 1_000_000_000, seed):
+            for text in (text for row in block for text in generator.texts(row)):
+                joined = f"{pending} {text}".strip()
+                if len(joined) <= CHARACTERS or not pending:
+                    pending = joined
+                    continue
+                idx = f"{name}-{len(made[name])}"
+                made[name].append({"idx": idx, "domain": name, "text": pending})
+                pending = text
+            if len(made[name]) >= each:
+                break
+    return [made[name][place] for place in range(each) for name in NAMES][:rows]
 
 
 def corpus(seed: int, rows: int | None = None) -> Iterator[str]:
