@@ -58,7 +58,8 @@ def make(options: argparse.Namespace, folder: Path) -> None:
     import torch
     from transformers import Qwen3MoeConfig
 
-    from mcsmoe.artefacts.tensors import INDEX, TensorInfo, write_tensors
+    from mcsmoe.artefacts.tensors import INDEX, TensorInfo
+    from mcsmoe.artefacts.writing import write_tensors
 
     width, inner, experts = options.width, options.width * 3 // 8, options.experts
     config = Qwen3MoeConfig(

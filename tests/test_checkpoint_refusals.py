@@ -57,18 +57,18 @@ def refused(folder: Path, *words: str) -> None:
 
 
 QUANTISED = {
-    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-    "fp8": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
-    "nested": {"text_config": {"quantization_config": {"quant_method": "awq"}}},
+    "hqq": {"quantization_config": {"quant_method": "hqq", "bits": 4}},
+    "quark": {"quantization_config": {"quant_method": "quark", "weight_block_size": [128, 128]}},
+    "nested": {"text_config": {"quantization_config": {"quant_method": "aqlm"}}},
     "affine": {"quantization": {"mode": "affine", "bits": 4, "group_size": 64}},
 }
 
 
 @pytest.mark.parametrize("kind", list(QUANTISED))
-def test_a_quantised_configuration_is_refused_by_its_method(kind: str, folder: Path) -> None:
+def test_a_configuration_of_an_unknown_quantiser_is_refused_by_its_method(kind: str, folder: Path) -> None:
     edit(folder, **QUANTISED[kind])
     (folder / "model.safetensors").unlink()  # before tensors are looked for
-    refused(folder, "quantised", {"nested": "awq"}.get(kind, kind), "start from the model in bfloat16")
+    refused(folder, "quantised", {"nested": "aqlm"}.get(kind, kind), "start from the model in bfloat16", "fp8")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])

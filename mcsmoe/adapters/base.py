@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -24,6 +24,9 @@ from mcsmoe.types import (
     RoutedBatch,
     RouterWeights,
 )
+
+if TYPE_CHECKING:
+    from mcsmoe.adapters.dropping import Slices
 
 
 @dataclass
@@ -160,6 +163,20 @@ class Adapter(ABC):
         """
         self.mask_router(model, layer, dropped_E)
         self.write_experts(model, layer, weights, expert_to_group)
+
+    def slices(self, model: nn.Module, layer: LayerId, kept: Tensor) -> Slices | None:
+        """What of a layer's tensors stays if only the experts ``kept`` (int64, ascending) do; needs no weights.
+
+        None where that does not make it one of the family's own with fewer experts.
+
+        Raises:
+            ValueError: the router is left with too few to choose from; names the layer.
+        """
+        return None
+
+    def leave(self, model: nn.Module, layer: LayerId, kept: Tensor) -> None:
+        """Leave only the experts ``kept`` in a layer, where ``slices`` says how."""
+        raise ValueError(f"layer {layer!r}: {self.name} takes no experts out of a layer")
 
     @abstractmethod
     def router_parameters(self, model: nn.Module) -> list[str]:

@@ -110,6 +110,46 @@ def slice_layer(model: Any, layer: LayerId, place: Place, before: int, kept: Ten
     _shrink(block, sibling(model, len(kept)).get_submodule(layer), before, kept, layer)
 
 
+@dataclass(frozen=True)
+class Slices:
+    """What leaving a layer's experts out takes of its tensors, as names below the layer.
+
+    Attributes:
+        rows: the axis of experts of a tensor, and which of its entries (int64) stay.
+        members: the new path of modules that hold one expert each; None for those that go.
+    """
+
+    rows: dict[str, tuple[int, Tensor]]
+    members: dict[str, str | None]
+
+
+def slices(model: Any, layer: LayerId, place: Place, before: int, kept: Tensor) -> Slices:
+    """What ``slice_layer`` does, without doing it.
+
+    Raises:
+        ValueError: as there.
+    """
+    block, small = model.get_submodule(layer), sibling(model, len(kept)).get_submodule(layer)
+    made = Slices({}, {})
+    for path, module in block.named_modules():
+        names = [name for name in module._modules if name[-1:].isdigit()]
+        if isinstance(module, nn.ModuleDict | nn.ModuleList) and len(names) == before:
+            new = {names[index]: name for name, index in zip(names, kept.tolist(), strict=False)}
+            made.members.update({f"{path}.{name}": f"{path}.{new[name]}" if name in new else None for name in names})
+    for path, module in block.named_modules():
+        member = next((one for one in made.members if f"{path}.".startswith(f"{one}.")), None)
+        if member is not None:
+            continue  # whole, or gone
+        if not _has(small, path):
+            raise ValueError(f"layer {layer!r}: {path!r} has no place in a layer with {len(kept)} experts")
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            wanted = getattr(small.get_submodule(path), name)
+            if tensor.shape != wanted.shape:
+                what = f"layer {layer!r}: {path}.{name}"
+                made.rows[f"{path}.{name}".lstrip(".")] = _rows(tensor, tuple(wanted.shape), before, kept, what)
+    return made
+
+
 def _shrink(block: nn.Module, small: nn.Module, before: int, kept: Tensor, layer: LayerId) -> None:
     changes: list[tuple[nn.Module, str, Tensor]] = []
     for module in list(block.modules()):

@@ -229,6 +229,16 @@ class RedirectingAdapter(Adapter):
         self._slice(model, layer, kept)
         self._write_values(model, layer, weights.select(expert_to_group[kept]))
 
+    def slices(self, model: nn.Module, layer: LayerId, kept: Tensor) -> dropping.Slices | None:
+        experts = self.num_experts(model, layer)
+        kept_E = torch.zeros(experts, dtype=torch.bool).index_fill_(0, kept, True)
+        if not self._droppable(model, layer, kept_E):
+            return None
+        return dropping.slices(model, layer, self._place(model, layer), experts, kept)
+
+    def leave(self, model: nn.Module, layer: LayerId, kept: Tensor) -> None:
+        self._slice(model, layer, kept)
+
     def _slice(self, model: nn.Module, layer: LayerId, kept: Tensor) -> None:
         dropping.slice_layer(model, layer, self._place(model, layer), self.num_experts(model, layer), kept)
 

@@ -45,7 +45,8 @@ _DTYPES = {
     "BOOL": torch.bool,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+CODES = {dtype: code for code, dtype in _DTYPES.items()}
+"""How safetensors files name each number format."""
 _LONGEST_HEADER = 100_000_000
 _WEIGHT_FILE = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 _SAMPLES, _SAMPLE = 4, 32  # places in a tensor, and bytes at each, that a fingerprint looks at
@@ -67,7 +68,7 @@ class TensorInfo:
         return TensorInfo(tensor.dtype, tuple(tensor.shape))
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as a writable buffer."""
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
@@ -124,11 +125,15 @@ class TensorFile:
                 f"{self.path}: truncated or not a safetensors file ({error}); restore or rebuild it"
             ) from error
 
+    def start(self, name: str) -> int:
+        """Where in the file the bytes of a tensor begin."""
+        return self._start[name]
+
     def _fill(self, handle: io.FileIO | io.BufferedReader, name: str) -> Tensor:
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
         if tensor.numel():
-            room = _bytes(tensor)
+            room = bytes_of(tensor)
             # One call returns at most 2 GiB, whatever is asked for.
             while room:
                 got = handle.readinto(room)
@@ -173,7 +178,7 @@ class TensorFile:
             raise ValueError(f"{self.path}: tensor {name!r} has shape {info.shape}, not {tuple(tensor.shape)}")
         with self.path.open("rb+") as handle:
             handle.seek(self._start[name])
-            handle.write(_bytes(tensor.detach().to("cpu", info.dtype).contiguous()))
+            handle.write(bytes_of(tensor.detach().to("cpu", info.dtype).contiguous()))
 
     def verify(self, sha256: str) -> None:
         """Read the whole file, keeping nothing.
@@ -198,7 +203,7 @@ class TensorFile:
             for name in self.tensors:
                 tensor = self._fill(handle, name)
                 if sha256 is not None and tensor.numel():
-                    digest.update(_bytes(tensor))
+                    digest.update(bytes_of(tensor))
                 yield name, tensor
         if sha256 is not None and digest.hexdigest() != sha256:
             raise ValueError(f"{self.path}: altered since it was written (its SHA-256 differs); restore or rebuild it")
@@ -252,6 +257,14 @@ class TensorFolder:
     def read(self, name: str) -> Tensor:
         return self.where[name].read(name)
 
+    def over(self, stored: TensorFolder) -> TensorFolder:
+        """The same tensors read by ``stored``, another way of reading the same files."""
+        return stored
+
+    def parts(self, name: str) -> list[str]:
+        """Names in the files of what the tensor ``name`` is made of: itself, unless it is quantised."""
+        return [name]
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 over names, types, shapes and samples of all tensors, however they are spread over files.
@@ -288,6 +301,11 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def _refuse_constant(text: str) -> None:
+    """Python reads NaN and Infinity in JSON, other libraries do not."""
+    raise ValueError(f"its header holds {text}")
+
+
 # -- sealed files ------------------------------------------------------------------------------------------------
 def write_sealed(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors atomically to one safetensors file that carries its own SHA-256 in its metadata."""
@@ -313,83 +331,3 @@ def read_sealed(
             return {name: handle.get_tensor(name) for name in names}, metadata
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); delete it and run again") from error
-
-
-def by_alignment(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The same tensors, widest dtype first, so that every tensor of a file starts at a multiple of its item size."""
-    return dict(sorted(infos.items(), key=lambda item: -item[1].dtype.itemsize))
-
-
-def _shards(infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, info in infos.items():
-        if shards[-1] and filled + info.nbytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += info.nbytes
-    return shards
-
-
-def _refuse_constant(text: str) -> None:
-    """Python reads NaN and Infinity in JSON, other libraries do not."""
-    raise ValueError(f"its header holds {text}")
-
-
-def _header(infos: Mapping[str, TensorInfo], names: list[str], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name in names:
-        start, end = end, end + infos[name].nbytes
-        code = _CODES[infos[name].dtype]
-        entries[name] = {"dtype": code, "shape": list(infos[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def write_tensors(
-    folder: Path,
-    infos: Mapping[str, TensorInfo],
-    tensors: Iterable[tuple[str, Tensor]],
-    metadata: Mapping[str, str] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> dict[str, str]:
-    """Write ``tensors``, which come in the order of ``infos``, holding one at a time.
-
-    Returns:
-        SHA-256 (hexadecimal) by file name. More than ``shard_bytes`` become several files and an index.
-
-    Raises:
-        ValueError: a tensor that comes out of order or is not what ``infos`` announced; names it.
-    """
-    shards = _shards(infos, shard_bytes)
-    files = [SINGLE]
-    if len(shards) > 1:
-        files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    coming = iter(tensors)
-    digests: dict[str, str] = {}
-    for file, names in zip(files, shards, strict=True):
-        digest = hashlib.sha256()
-        with (folder / file).open("wb") as handle:
-            header = _header(infos, names, metadata or {})
-            handle.write(header)
-            digest.update(header)
-            for name in names:
-                got, tensor = next(coming, ("nothing", torch.empty(0)))
-                if got != name or TensorInfo.of(tensor) != infos[name]:
-                    raise ValueError(
-                        f"tensor {name!r} {infos[name]} was announced, {got!r} {TensorInfo.of(tensor)} came"
-                    )
-                if tensor.numel():
-                    data = _bytes(tensor.detach().to("cpu").contiguous())
-                    handle.write(data)
-                    digest.update(data)
-        digests[file] = digest.hexdigest()
-    if len(files) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(info.nbytes for info in infos.values())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
-        (folder / INDEX).write_text(text + "\n")
-    return digests

@@ -34,7 +34,7 @@ class Residency:
     def __init__(self, source: Streamed, blocks: Iterable[str], device: torch.device) -> None:
         self.source, self.device = source, device
         self.files = MappedFolder(source.folder, source.tensors.files)
-        source.tensors = self.files
+        source.tensors = source.tensors.over(self.files)
         self.blocks = list(blocks)
         self._below: dict[str, list[str]] = {block: [] for block in self.blocks}
         self._outside: list[str] = []
@@ -108,7 +108,8 @@ class Residency:
         if block is None:
             return
         self.wait()
-        names = self.source.stored_names(self._below[block])
+        tensors = self.source.tensors
+        names = [part for name in self.source.stored_names(self._below[block]) for part in tensors.parts(name)]
         self._reader = threading.Thread(target=self.files.read_ahead, args=(names,), daemon=True)
         self._reader.start()
 

@@ -13,6 +13,8 @@ from mcsmoe.checkpoint.lineage import PROVENANCE
 from mcsmoe.console import log
 
 _OURS = ("config.json", INDEX, PROVENANCE, SUMS, "groups.parquet", "experts.json")
+# What quantisers write beside a model; config.json says the same, and is kept true of a result.
+_SETTINGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 _WEIGHTS = (
     *(
         ".safetensors",
@@ -40,7 +42,7 @@ def companions(folder: Path) -> Iterator[str]:
         name = file.relative_to(folder)
         if any(part.startswith(".") or part == "__pycache__" for part in name.parts) or len(name.parts) > _DEEPEST:
             continue
-        if name.as_posix() in _OURS or file.name.endswith(_WEIGHTS):
+        if name.as_posix() in (*_OURS, *_SETTINGS) or file.name.endswith(_WEIGHTS):
             continue
         try:
             mode = file.stat()

@@ -23,7 +23,16 @@ UNPLACED = "unplaced"
 """Entry of the section: names of tensors in the files that no module of the model has a place for."""
 _LONGEST_CONFIG = 1 << 26
 _FILE = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
-_KINDS = {"base_model_type": str, "layers": dict, "files": dict, UNPLACED: list, "provenance": dict}
+QUANTISATION = "quantization"
+"""Entry of the section: the base model's ``quantization_config``, where some of the tensors are still quantised by it."""
+_KINDS = {
+    "base_model_type": str,
+    "layers": dict,
+    "files": dict,
+    UNPLACED: list,
+    "provenance": dict,
+    QUANTISATION: dict,
+}
 STRUCTURE_KEY = "mcsmoe_structure"
 """Metadata entry of every weight file: the digest of the structure it was written for."""
 
@@ -83,6 +92,7 @@ def make_section(
     specs: Mapping[LayerId, LayerSpec],
     provenance: Mapping[str, Any] | None,
     unplaced: Iterable[str] = (),
+    quantisation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The section without the digests of the weight files, which are added once written."""
     section = {
@@ -91,6 +101,8 @@ def make_section(
         "layers": {layer: _layer_json(spec) for layer, spec in specs.items()},
         "provenance": dict(provenance or {}),
     }
+    if quantisation is not None:
+        section[QUANTISATION] = dict(quantisation)
     names = sorted(unplaced)
     return {**section, UNPLACED: names} if names else section
 
@@ -130,6 +142,18 @@ class CompactConfig:
     unplaced: frozenset[str]
     provenance: Mapping[str, Any]
     structure: str
+
+    @property
+    def source_config(self) -> dict[str, Any]:
+        """All fields, with what the section says of quantisation where the base model's configuration has it."""
+        said = self.quantisation
+        return dict(self.fields) if said is None else {**self.fields, "quantization_config": said}
+
+    @property
+    def quantisation(self) -> Mapping[str, Any] | None:
+        """The base model's ``quantization_config``, where some of the tensors are still quantised by it."""
+        found: Mapping[str, Any] | None = self.fields[SECTION].get(QUANTISATION)
+        return found
 
     @classmethod
     def read(cls, folder: str | Path) -> CompactConfig:

@@ -22,6 +22,8 @@ from mcsmoe.checkpoint import fields, leftovers
 from mcsmoe.checkpoint import format as compact
 from mcsmoe.checkpoint.lineage import PROVENANCE
 from mcsmoe.checkpoint.names import NameMap
+from mcsmoe.checkpoint.quantised.folder import Dequantised
+from mcsmoe.checkpoint.quantised.settings import without_quantisation
 from mcsmoe.checkpoint.save import own_tensors, place, save_pretrained
 from mcsmoe.checkpoint.skeleton import fill_buffers, parse_dtype, run_dtypes, skeleton, stock_skeleton
 from mcsmoe.checkpoint.vetting import open_weights, refuse_scales
@@ -102,6 +104,8 @@ def _load_stock(
     names = NameMap(empty, tensors, stored_as_named=False)
     refuse_scales(tensors, names.unplaced, type(empty).__name__)
     names.check(list(own_tensors(empty)))
+    if isinstance(tensors, Dequantised):
+        return _load_dequantised(folder, config, dtype, device, attention)
     try:
         model, report = type(empty).from_pretrained(
             folder,
@@ -119,6 +123,25 @@ def _load_stock(
         raise ValueError(f"{folder}: {len(missing)} weights are missing, among them {missing[0]!r}")
     _align(model)
     _remember(model, folder, config, names.unplaced)
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _load_dequantised(
+    folder: Path, config: dict[str, Any], dtype: torch.dtype | None, device: torch.device, attention: str | None
+) -> nn.Module:
+    """The model of a quantised checkpoint in plain numbers: the library would not take it without the quantiser's kernels."""
+    from mcsmoe.checkpoint.streaming import Streamed
+
+    source = Streamed(folder)
+    model = source.model
+    source.load_to_run(source.own_names())
+    model.tie_weights(recompute_mapping=False)
+    fill_buffers(model, torch.device("cpu"))
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    if dtype is not None:
+        model.to(dtype)
+    _remember(model, folder, without_quantisation(config), source.unplaced)
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
@@ -201,7 +224,7 @@ def compact_weights(folder: Path, config: compact.CompactConfig) -> TensorFolder
     Raises:
         ValueError: they are not those that the section lists, or not of its structure; names the file.
     """
-    tensors = open_weights(folder, fields.source_fields(config.fields), config.files)
+    tensors = open_weights(folder, fields.source_fields(config.source_config), config.files)
     for file in tensors.files.values():
         config.check_structure(file.path, file.metadata)
     return tensors

@@ -16,7 +16,8 @@ from mcsmoe.adapters.dropping import settle
 from mcsmoe.adapters.registry import known_adapter
 from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.digests import write_sums
-from mcsmoe.artefacts.tensors import INDEX, SHARD_BYTES, TensorFolder, TensorInfo, by_alignment, write_tensors
+from mcsmoe.artefacts.tensors import INDEX, SHARD_BYTES, TensorFolder, TensorInfo
+from mcsmoe.artefacts.writing import by_alignment, write_tensors
 from mcsmoe.checkpoint import fields
 from mcsmoe.checkpoint import format as compact
 from mcsmoe.checkpoint.lineage import ANCESTORS, PROVENANCE, WEIGHTS
@@ -193,6 +194,7 @@ def write_folder(
     shard_bytes: int = SHARD_BYTES,
     config: Mapping[str, Any] | None = None,
     unplaced: Iterable[str] = (),
+    quantisation: Mapping[str, Any] | None = None,
 ) -> None:
     """Weights and configuration of a checkpoint of ``model``, whose tensors ``tensor(name)`` gives one by one.
 
@@ -202,10 +204,11 @@ def write_folder(
         infos: every tensor to write, by the name it gets.
         config: fields of config.json as the base model's would be; those of ``model`` if None.
         unplaced: names among ``infos`` for which the model has no place.
+        quantisation: of a compact checkpoint, the settings by which some of its tensors are quantised.
     """
     infos, specs = by_alignment(infos), specs_of(model)
     written = dict(fields.config_of(model) if config is None else config)
-    section = compact.make_section(model.config.model_type, specs, provenance, unplaced)  # type: ignore[union-attr, arg-type]
+    section = compact.make_section(model.config.model_type, specs, provenance, unplaced, quantisation)  # type: ignore[union-attr, arg-type]
     note = compact.metadata(section) if specs else {}
     digests = write_tensors(folder, infos, ((name, tensor(name)) for name in infos), note, shard_bytes)
     if specs:

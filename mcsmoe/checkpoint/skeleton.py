@@ -50,6 +50,9 @@ def stock_skeleton(folder: Path, config: dict[str, Any], dtype: torch.dtype | No
         # The class's own configuration, as its from_pretrained takes: the text model's where that is nested in another.
         filled = (cls.config_class or AutoConfig).from_pretrained(folder, trust_remote_code=False)
         stored = dtype or parse_dtype(filled.dtype)
+        # The structure is that of plain weights, whatever the files hold.
+        if getattr(filled, "quantization_config", None) is not None:
+            del filled.quantization_config
     except Exception as error:  # a family's checks of its fields raise a dozen kinds
         raise ValueError(f"{file}: {_first_line(error)}") from error
     return empty_model(cls, filled, stored, file)

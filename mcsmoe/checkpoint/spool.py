@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mcsmoe.artefacts.tensors import TensorFile, TensorInfo, by_alignment, write_tensors
+from mcsmoe.artefacts.tensors import TensorFile, TensorInfo
+from mcsmoe.artefacts.writing import by_alignment, write_tensors
 
 
 class Spool:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mcsmoe.adapters.registry import adapter_for
-from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.digests import check_sums, digest_files
-from mcsmoe.artefacts.tensors import SHARD_BYTES, TensorInfo
+from mcsmoe.artefacts.tensors import SHARD_BYTES, TensorFolder, TensorInfo
 from mcsmoe.checkpoint import fields, leftovers
 from mcsmoe.checkpoint import format as compact
 from mcsmoe.checkpoint.absent import forget, nothing_empty
@@ -26,9 +25,11 @@ from mcsmoe.checkpoint.companions import copy_companions
 from mcsmoe.checkpoint.lineage import ANCESTORS, lineage
 from mcsmoe.checkpoint.load import compact_weights, resolve
 from mcsmoe.checkpoint.names import NameMap
-from mcsmoe.checkpoint.save import own_tensors, place, specs_of, tensor_of, true_ties, write_folder
+from mcsmoe.checkpoint.quantised.folder import Dequantised
+from mcsmoe.checkpoint.quantised.settings import without_quantisation
+from mcsmoe.checkpoint.rewriting import rewrite
+from mcsmoe.checkpoint.save import own_tensors, place, tensor_of, true_ties
 from mcsmoe.checkpoint.skeleton import fill_buffers, parse_dtype, run_dtypes, skeleton, stock_skeleton
-from mcsmoe.checkpoint.spool import Spool
 from mcsmoe.checkpoint.vetting import open_weights, refuse_scales
 from mcsmoe.types import ExpertWeights, LayerId, LayerSpec
 
@@ -54,7 +55,7 @@ class Streamed:
         self.specs: Mapping[LayerId, LayerSpec] = {}
         if self.compact:
             found = compact.CompactConfig.of(self.folder, self.config)
-            self.tensors = compact_weights(self.folder, found)
+            self.tensors: TensorFolder = compact_weights(self.folder, found)
             self.model: Any = skeleton(found)
             for name, sha256 in found.files.items():
                 self.tensors.files[name].verify(sha256)
@@ -108,6 +109,16 @@ class Streamed:
         return self.adapter.layers(self.model)
 
     @property
+    def quantised(self) -> Dequantised | None:
+        """The weights, where some of them are quantised in the files."""
+        return self.tensors if isinstance(self.tensors, Dequantised) else None
+
+    @property
+    def files(self) -> TensorFolder:
+        """The weights as they are in the files."""
+        return self.tensors if self.quantised is None else self.quantised.stored
+
+    @property
     def digest(self) -> str:
         """SHA-256 over configuration and weight files, for provenance."""
         return digest_files([self.folder / "config.json", *sorted(file.path for file in self.tensors.files.values())])
@@ -132,9 +143,13 @@ class Streamed:
         return list(own_tensors(self.model))
 
     def config_fields(self, config: Any = None) -> dict[str, Any]:
-        """The fields of the file that was read, with what changed since in the model's configuration, or in ``config``."""
+        """The fields of the file that was read, with what changed since in the model's configuration, or in ``config``.
+
+        They are those of plain weights, whatever the files hold.
+        """
         now = self.model.config if config is None else config
-        made = fields.updated(fields.source_fields(self.config), self._before, fields.written(now), now)
+        source = without_quantisation(fields.source_fields(self.config))
+        made = fields.updated(source, self._before, fields.written(now), now)
         return true_ties(self.model, made)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -289,58 +304,7 @@ class Streamed:
             layers: which layers are changed; all of them if None.
             extra: writes further files into the folder before it appears.
         """
-        with atomic_directory(out) as folder, Spool.inside(folder) as spool:
-            for layer in self.layers if layers is None else layers:
-                with self.layer(layer):
-                    change(layer)
-                    state = self.model.get_submodule(layer).state_dict()
-                    spool.add({f"{layer}.{name}": tensor for name, tensor in state.items()})
-            self._write(folder, spool, dict(provenance), shard_bytes)
-            if extra is not None:
-                extra(folder)
-
-    def _write(self, folder: Path, spool: Spool, provenance: dict[str, Any], shard_bytes: int) -> None:
-        """Write what ``spool`` holds of the changed layers, and everything else as it is in the files."""
-        specs = specs_of(self.model)  # first: the configuration says afterwards how many experts there are
-        whole = own_tensors(self.model)
-        kept, config = self.keep_unplaced(self.config_fields())
-        self.copy_companions(folder)
-        if specs or self.compact:
-            infos = {name: spool.infos.get(name, TensorInfo.of(whole[name])) for name in whole}
-
-            def tensor(name: str) -> Tensor:
-                return spool.read(name) if name in spool.infos else self.read(name)
-
-            self._finish(folder, infos, tensor, provenance, shard_bytes, kept, config)
-            return
-        # A stock result has the names and shapes in which the family is published, and its files' own where nothing changed.
-        with Spool.inside(folder, ".published") as published:
-            for layer in self.layers:
-                changed = [name for name in whole if name.startswith(f"{layer}.") and name in spool.infos]
-                if changed:
-                    published.add(as_published(self.model, {name: spool.read(name) for name in changed}))
-            raw = [one for name in whole if name not in spool.infos for one in self.names.units[name]]
-            infos = published.infos | {name: self.tensors.where[name].tensors[name] for name in raw}
-
-            def stored(name: str) -> Tensor:
-                return published.read(name) if name in published.infos else self.tensors.read(name)
-
-            self._finish(folder, infos, stored, provenance, shard_bytes, kept, config)
-
-    def _finish(
-        self,
-        folder: Path,
-        infos: Mapping[str, TensorInfo],
-        tensor: Callable[[str], Tensor],
-        provenance: dict[str, Any],
-        shard_bytes: int,
-        kept: Mapping[str, TensorInfo],
-        config: Mapping[str, Any],
-    ) -> None:
-        def every(name: str) -> Tensor:
-            return self.tensors.read(name) if name in kept else tensor(name)
-
-        write_folder(folder, self.model, {**infos, **kept}, every, provenance, shard_bytes, config, kept)
+        rewrite(self, out, change, provenance, self.layers if layers is None else layers, extra, shard_bytes)
 
     def keep_unplaced(self, config: dict[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
         """What has no place in the model and goes into a result all the same, and the result's ``config`` made true of it."""
@@ -369,11 +333,3 @@ class Streamed:
     def copy_companions(self, folder: Path) -> None:
         """Copy what belongs to the model beside its weights: tokenizer, templates, licence, code."""
         copy_companions(self.folder, folder)
-
-
-def as_published(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` of ``model`` in the names and shapes in which its family is published."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    made: dict[str, Tensor] = revert_weight_conversion(model, tensors)
-    return made

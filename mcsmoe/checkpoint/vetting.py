@@ -1,30 +1,27 @@
-"""What is refused of a checkpoint before anything is built: quantised weights, and sizes that no file bears out.
+"""What is refused of a checkpoint before anything is built: quantisation of an unknown kind, and sizes that no file bears out.
 
-A reader that dequantises is put in at one place: ``open_weights``.
+Weights of the known kinds are read as plain numbers; this is the one place where that is decided.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mcsmoe.artefacts.tensors import TensorFolder, TensorInfo
+from mcsmoe.checkpoint.quantised.folder import Dequantised
+from mcsmoe.checkpoint.quantised.settings import FORMATS, OWN_METHOD, entries, settings_of
 
-OWN_METHOD = "mcsmoe"
-"""``quant_method`` of our own compact checkpoints."""
+__all__ = ["OWN_METHOD", "SCALE", "check_sizes", "open_weights", "refuse_scales"]
+
 _REMEDY = (
-    "quantised weights are not read; start from the model in bfloat16 or float32 (its original release, or what "
-    "transformers loads with dequantize=True and saves)"
+    f"quantised weights are read of the kinds {', '.join(FORMATS)}; of others start from the model in bfloat16 or float32 "
+    "(its original release, or what transformers loads with dequantize=True and saves)"
 )
-_METHODS = (
-    "quantization_config",
-    "quantization",
-    "compression_config",
-)  # of transformers, mlx, older compressed-tensors
 _BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
 _FLOATS = [getattr(torch, name) for name in dir(torch) if name.startswith(("float8", "float4"))]
 _SMALL = {
@@ -44,7 +41,7 @@ SCALE = re.compile(r"(?:^|[._])(?:\w*scales?(?:_inv)?|\w*zeros?(?:_points?)?|\w*
 
 
 def open_weights(folder: Path, config: Mapping[str, Any], files: Iterable[str] | None = None) -> TensorFolder:
-    """The weights of a checkpoint folder, by their headers.
+    """The weights of a checkpoint folder, by their headers; quantised ones of a known kind as plain numbers.
 
     Args:
         folder: the checkpoint.
@@ -52,24 +49,66 @@ def open_weights(folder: Path, config: Mapping[str, Any], files: Iterable[str] |
         files: a list of the files, where a checkpoint has one; else the single file, or those of the index.
 
     Raises:
-        ValueError: they are quantised, not safetensors, damaged, or smaller than config.json says; names the file, the
-            method and the remedy.
+        ValueError: they are quantised in an unknown way, not safetensors, damaged, or smaller than config.json says; names
+            the file, the method and the remedy.
     """
-    for method in _quantisations(config):
-        raise ValueError(f"{folder / 'config.json'}: the checkpoint is quantised ({method}); {_REMEDY}")
-    for name in _BESIDE:
-        if (folder / name).exists():
-            raise ValueError(f"{folder / name}: the checkpoint is quantised; {_REMEDY}")
-    tensors = TensorFolder(folder, files)
+    said = settings_of(config)
+    for one in said:
+        if one.format is None:
+            raise ValueError(f"{folder / 'config.json'}: the checkpoint is quantised ({one.method}); {_REMEDY}")
+    if not said:
+        for name in _BESIDE:
+            if files is None and (folder / name).exists():
+                raise ValueError(
+                    f"{folder / name}: the checkpoint is quantised, and config.json has no "
+                    f"quantization_config; {_REMEDY}"
+                )
+    tensors = dequantised(folder, config, files)
+    known = tensors.quantised if isinstance(tensors, Dequantised) else {}
     for name, info in tensors.infos.items():
-        if files is None and (info.dtype in _SMALL or _QUANTISED.search(name)):
+        if files is None and name not in known and (info.dtype in _SMALL or _QUANTISED.search(name)):
             dtype = str(info.dtype).removeprefix("torch.")
+            what = f"is no part of a tensor of {said[0].method}" if said else "config.json has no quantization_config"
             raise ValueError(
-                f"{tensors.where[name].path}: tensor {name!r} ({dtype}) is of a quantised checkpoint, though config.json "
-                f"has no quantization_config; {_REMEDY}"
+                f"{tensors.where[name].path}: tensor {name!r} ({dtype}) is of a quantised checkpoint, though {what}; {_REMEDY}"
             )
     check_sizes(folder / "config.json", config, tensors.infos)
     return tensors
+
+
+def base_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The number format that the configuration says of weights that are not quantised; bfloat16 if it says none."""
+    for place in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for name in ("dtype", "torch_dtype"):
+            found = getattr(torch, str(place.get(name)).removeprefix("torch."), None)
+            if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1:
+                return found
+    return torch.bfloat16
+
+
+def dequantised(folder: Path, config: Mapping[str, Any], files: Iterable[str] | None = None) -> TensorFolder:
+    """The weights of a folder, quantised ones of a known kind as plain numbers; the others are looked at by nobody.
+
+    Raises:
+        ValueError: not safetensors, damaged, or parts that do not belong together; names the folder and the tensor.
+    """
+    tensors, said = TensorFolder(folder, files), settings_of(config)
+    if not said or said[0].format is None:
+        return tensors
+    try:
+        found = dict(said[0].format.find(tensors.infos, said[0].fields, tensors.read))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder}: quantised by {said[0].method}: {text}; restore the files, or start from the model in bfloat16 "
+            "or float32"
+        ) from error
+    if not found:
+        raise ValueError(
+            f"{folder / 'config.json'}: says that the checkpoint is quantised ({said[0].method}), but no tensor in the "
+            "files is; take the entry out of config.json"
+        )
+    return Dequantised(tensors, found, said[0], base_dtype(config))
 
 
 def refuse_scales(tensors: TensorFolder, unplaced: Mapping[str, TensorInfo], kind: str) -> None:
@@ -80,23 +119,6 @@ def refuse_scales(tensors: TensorFolder, unplaced: Mapping[str, TensorInfo], kin
                 f"{tensors.where[name].path}: tensor {name!r} has no place in a {kind} and is named like a quantiser's "
                 f"scale; {_REMEDY}"
             )
-
-
-def _quantisations(config: Any) -> Iterator[str]:
-    """What config.json says of quantisation, at any depth."""
-    for path, value in _fields(config):
-        if path[-1] in _METHODS and isinstance(value, Mapping) and value.get("quant_method") != OWN_METHOD:
-            yield str(value.get("quant_method") or value.get("quant_algo") or value.get("mode") or path[-1])
-
-
-def _fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every entry of a nested configuration, the own section of compact checkpoints left out."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            if name == OWN_METHOD and not path:
-                continue
-            yield (*path, str(name)), inner
-            yield from _fields(inner, (*path, str(name)))
 
 
 _LAYERS = re.compile(r"^(?:num|n)_(?!.*(?:nextn|mtp)).*layers?$|^(?:encoder|decoder)_layers$|^depth$")
@@ -121,7 +143,7 @@ def check_sizes(file: Path, config: Mapping[str, Any], infos: Mapping[str, Tenso
     most_layers = max([_FEW, *(number + 1 for number in numbers)])
     inner = [max(info.shape) for name, info in infos.items() if info.shape and not _is_vocabulary(name)]
     most_experts = max([1, *(number + 1 for number in numbers), *inner])
-    for path, value in _fields(config):
+    for path, value in entries(config):
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         name = path[-1]

@@ -6,17 +6,19 @@ import argparse
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mcsmoe.artefacts.tables import frame_of, write_table
 from mcsmoe.calibration.files import load_tensors, save_tensors
 from mcsmoe.calibration.layer_major import DomainBatch, LayerMajor
 from mcsmoe.calibration.states import States
 from mcsmoe.calibration.tokens import LayerTokens
+from mcsmoe.checkpoint.slicing import leave_experts
 from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.cli._calibration import statistics
 from mcsmoe.cli._domains import domains
@@ -30,7 +32,7 @@ from mcsmoe.statistics.layer import LayerStatistics
 from mcsmoe.transform.budget import SPREADS
 from mcsmoe.transform.layers import SparseLayer
 from mcsmoe.transform.reduce import Reduced, Reduction
-from mcsmoe.types import LayerId
+from mcsmoe.types import Grouping, LayerId
 
 EXPERTS = "experts.json"
 """Which experts each layer kept: what other tools read."""
@@ -189,40 +191,58 @@ def reduce_checkpoint(
     if (arguments.calibration is None) == (arguments.statistics is None):
         raise ValueError("layers are reduced by what they do on text: give --calibration FILE, or --statistics DIR")
     rows: list[dict[str, Any]] = []
-    kept: dict[LayerId, dict[str, Any]] = {}
+    kept: dict[LayerId, Grouping] = {}
 
-    def note(layer: LayerId, reduced: Reduced) -> Reduced:
-        grouping = reduced.grouping
-        rows.extend(grouping.rows(layer, reduced.share_E))
-        kept[layer] = {"experts": grouping.num_experts, "kept": grouping.dominant.tolist()}
+    def note(layer: LayerId, grouping: Grouping, share_E: Tensor) -> None:
+        rows.extend(grouping.rows(layer, share_E))
+        kept[layer] = grouping
         log.info("%s: %d of %d experts kept", layer, grouping.num_groups, grouping.num_experts)
-        return reduced
 
     def extra(folder: Path) -> None:
         write_table(folder / GROUPS, frame_of(rows, "groups"), "groups")
-        (folder / EXPERTS).write_text(json.dumps({"layers": kept}, indent=2) + "\n")
+        listed = {layer: {"experts": one.num_experts, "kept": one.dominant.tolist()} for layer, one in kept.items()}
+        (folder / EXPERTS).write_text(json.dumps({"layers": listed}, indent=2) + "\n")
+
+    whole = {layer: SparseLayer(source.model, source.adapter, layer) for layer in source.layers}
+
+    def select(layer: LayerId) -> None:
+        grouping = kept[layer]
+        if grouping.num_groups < grouping.num_experts:
+            weights = whole[layer].read_experts().select(grouping.dominant)
+            whole[layer].drop_experts(weights, grouping.expert_to_group, ~grouping.leads())
+
+    def written(change: Callable[[LayerId], object]) -> None:
+        staying = {layer: grouping.dominant for layer, grouping in kept.items()}
+        # Experts that stay as they are need not be read to be kept.
+        if not reduction.selects or not leave_experts(source, arguments.out, staying, provenance, extra):
+            source.rewrite(arguments.out, change, provenance, progress(source.layers, "write"), extra)
 
     if arguments.statistics is not None:
-        found = statistics(source, arguments)
+        found = statistics(source, arguments).layers
 
-        def change(layer: LayerId) -> None:
-            one = found.layers[layer]
-            note(layer, reduction.reduce(SparseLayer(source.model, source.adapter, layer), one, None, counts[layer]))
+        def reduce(layer: LayerId) -> None:
+            made = reduction.reduce(whole[layer], found[layer], None, counts[layer])
+            note(layer, made.grouping, made.share_E)
 
-        layers = progress(source.layers, "reduce")
-        source.rewrite(arguments.out, change, provenance, layers=layers, extra=extra)
+        for layer in source.layers if reduction.selects else ():
+            grouping = reduction.selection(whole[layer], found[layer], counts[layer])
+            note(layer, grouping, grouping.leads().double())
+        written(select if reduction.selects else reduce)
     else:
-        arguments.out.resolve().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".reduced-", dir=arguments.out.resolve().parent) as folder:
-            shelf = Shelf(Path(folder))
-            for layer, reduced in _in_sequence(source, arguments, reduction, counts, Path(folder)):
-                shelf.put(layer, note(layer, reduced))
+        beside = arguments.out.resolve().parent
+        beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".reduced-", dir=beside) as name:
+            shelf = Shelf(Path(name))
+            for layer, reduced in _in_sequence(source, arguments, reduction, counts, Path(name)):
+                note(layer, reduced.grouping, reduced.share_E)
+                if not reduction.selects:
+                    shelf.put(layer, reduced)
 
             def install(layer: LayerId) -> None:
                 if layer in shelf:
-                    shelf.get(layer).install(SparseLayer(source.model, source.adapter, layer))
+                    shelf.get(layer).install(whole[layer])
 
-            source.rewrite(arguments.out, install, provenance, layers=progress(source.layers, "write"), extra=extra)
+            written(select if reduction.selects else install)
     say_size(source.folder, arguments.out)
 
 

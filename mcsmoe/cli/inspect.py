@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +33,23 @@ def describe(folder: Path) -> dict[str, Any]:
         ValueError: not a checkpoint folder, or a weight file that is truncated; names it.
     """
     from mcsmoe.adapters.counts import experts_said
-    from mcsmoe.artefacts.tensors import TensorFolder
     from mcsmoe.checkpoint import format as compact
+    from mcsmoe.checkpoint.quantised.folder import Dequantised
+    from mcsmoe.checkpoint.vetting import dequantised
 
     config = compact.read_config(folder)
     found = compact.CompactConfig.of(folder, config) if compact.SECTION in config else None
     specs = {} if found is None else found.layers
-    infos = TensorFolder(folder).infos
+    tensors = dequantised(folder, config if found is None else found.source_config)
+    stored = tensors.stored.infos if isinstance(tensors, Dequantised) else tensors.infos
+    infos = tensors.infos
+
+    def size(names: Iterable[str]) -> dict[str, int]:
+        """Numbers of the model, and the bytes that they take in the files."""
+        given = {name: infos[name] for name in names}
+        held = (stored[part].nbytes for name in given for part in tensors.parts(name))
+        return {"parameters": _parameters(given), "bytes": sum(held)}
+
     inside: dict[str, dict[str, TensorInfo]] = {}
     for name, info in infos.items():
         place = _EXPERTS.match(name)
@@ -46,29 +57,29 @@ def describe(folder: Path) -> dict[str, Any]:
             inside.setdefault(place[1] or place[2], {})[name] = info
     said = experts_said(config)
     layers = []
-    for layer, tensors in sorted(inside.items(), key=lambda item: _natural(item[0])):
+    for layer, within in sorted(inside.items(), key=lambda item: _natural(item[0])):
         spec = specs.get(layer)
-        row: dict[str, Any] = {"layer": layer, **_size(tensors)}
+        row: dict[str, Any] = {"layer": layer, **size(within)}
         if spec is None:
-            experts = _stock_experts(tensors, said)
+            experts = _stock_experts(within, said)
             row |= {"experts": experts, "groups": experts, "rank": None, "kept_rows": None}
         else:
             row |= {"experts": len(spec.expert_to_group), "groups": spec.num_groups, "rank": None, "kept_rows": None}
             if spec.compression is not None:
                 row |= {"rank": spec.compression.rank, "kept_rows": spec.compression.kept_rows}
         layers.append(row)
-    rest = {name: info for name, info in infos.items() if not _EXPERTS.match(name)}
     return {
         "folder": str(folder),
         "form": "stock" if found is None else "compact",
         "model_type": config.get("model_type") if found is None else found.base_model_type,
         "architecture": (config.get("architectures") or ["unknown"])[0],
-        "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}),
+        "quantisation": tensors.settings.method if isinstance(tensors, Dequantised) else None,
+        "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in stored.values()}),
         "layers": layers,
-        "experts": _size({name: info for name, info in infos.items() if _EXPERTS.match(name)}),
-        "rest": _size(rest),
-        "total": _size(infos),
-        "files": sorted(file.path.name for file in TensorFolder(folder).files.values()),
+        "experts": size(name for name in infos if _EXPERTS.match(name)),
+        "rest": size(name for name in infos if not _EXPERTS.match(name)),
+        "total": size(infos),
+        "files": sorted(file.path.name for file in tensors.files.values()),
         "provenance": {} if found is None else dict(found.provenance),
     }
 
@@ -77,13 +88,9 @@ def _natural(text: str) -> list[Any]:
     return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", text)]
 
 
-def _size(tensors: dict[str, TensorInfo]) -> dict[str, int]:
+def _parameters(tensors: Mapping[str, TensorInfo]) -> int:
     # Row numbers and redirect tables are bytes, not parameters.
-    counted = [info for info in tensors.values() if info.dtype.is_floating_point]
-    return {
-        "parameters": sum(math.prod(info.shape) for info in counted),
-        "bytes": sum(info.nbytes for info in tensors.values()),
-    }
+    return sum(math.prod(info.shape) for info in tensors.values() if info.dtype.is_floating_point)
 
 
 def _stock_experts(tensors: dict[str, TensorInfo], said: list[int]) -> int:
@@ -101,7 +108,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
-    print(f"{found['folder']}: {found['form']} checkpoint of a {found['architecture']}, {', '.join(found['dtypes'])}")
+    print(
+        f"{found['folder']}: {found['form']} checkpoint of a {found['architecture']}, {', '.join(found['dtypes'])}"
+        + (f", quantised by {found['quantisation']}" if found["quantisation"] else "")
+    )
     wide = max([len(row["layer"]) for row in found["layers"]] + [5])
     print(f"\n{'layer':<{wide}}  experts  groups  rank  rows kept  parameters       bytes")
     for row in found["layers"]:

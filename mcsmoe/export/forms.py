@@ -16,10 +16,11 @@ from mcsmoe.adapters.counts import CHOICE_FIELDS, EXPERT_FIELDS, expert_paths, s
 from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.tensors import TensorInfo
 from mcsmoe.checkpoint import fields
+from mcsmoe.checkpoint.rewriting import as_published
 from mcsmoe.checkpoint.save import own_tensors, place, write_folder
 from mcsmoe.checkpoint.skeleton import empty_model
 from mcsmoe.checkpoint.spool import Spool
-from mcsmoe.checkpoint.streaming import Streamed, as_published
+from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.export.change import Change, logits_change, require_logits
 from mcsmoe.export.recovery import RouterRecovery, recover_routers
 from mcsmoe.grouping.sets import respects

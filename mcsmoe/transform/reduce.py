@@ -118,6 +118,20 @@ class Reduction:
     limits: dict[LayerId, Limits] = field(default_factory=dict)
     seed: int = 0
 
+    @property
+    def selects(self) -> bool:
+        """Whether experts that stay do so exactly as they are, and nothing answers for the others."""
+        return isinstance(self.how, Pruning) and self.how.dropped == "delete" and self.refitting is None
+
+    @torch.no_grad()
+    def selection(self, layer: SparseLayer, statistics: LayerStatistics, kept: int) -> Grouping:
+        """Where it ``selects``: who stays, and who is counted with whom; none of the layer's weights are needed."""
+        assert isinstance(self.how, Pruning)
+        if kept == layer.num_experts:
+            return Grouping(torch.arange(kept), torch.arange(kept))
+        inputs = CriterionInputs(layer.id, statistics, self.seed)
+        return beside(statistics, choose(self.how.criterion, inputs, kept, self.limits.get(layer.id, _limits(layer))))
+
     @torch.no_grad()
     def reduce(
         self,
