@@ -64,7 +64,9 @@ def fp8_powers(draw: np.random.Generator, rows: int, columns: int) -> Made:
     weight, values = _eight(draw, rows, columns)
     exponent = draw.integers(119, 123, (-(-rows // BLOCK[0]), -(-columns // BLOCK[1])))
     scale = torch.from_numpy(exponent.astype(np.uint8)).view(torch.float8_e8m0fnu)
-    return {"weight": weight, "weight_scale_inv": scale}, _blocks(values, 2.0 ** (exponent - 127), BLOCK)
+    return {"weight": weight, "weight_scale_inv": scale}, _blocks(
+        values, np.exp2(exponent - 127.0).astype(np.float64), BLOCK
+    )
 
 
 def fp8_tensor(draw: np.random.Generator, rows: int, columns: int) -> Made:

@@ -129,9 +129,18 @@ class TensorFile:
         """Where in the file the bytes of a tensor begin."""
         return self._start[name]
 
-    def _fill(self, handle: io.FileIO | io.BufferedReader, name: str) -> Tensor:
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Put a tensor into the memory of ``target``, of its shape and perhaps another type."""
+        if TensorInfo.of(target) != self.tensors[name] or not target.is_contiguous():
+            target.copy_(self.read(name))
+            return
+        with self.path.open("rb", buffering=0) as handle:
+            handle.seek(self._start[name])
+            self._fill(handle, name, target)
+
+    def _fill(self, handle: io.FileIO | io.BufferedReader, name: str, target: Tensor | None = None) -> Tensor:
         info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
+        tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu") if target is None else target
         if tensor.numel():
             room = bytes_of(tensor)
             # One call returns at most 2 GiB, whatever is asked for.
@@ -256,6 +265,10 @@ class TensorFolder:
 
     def read(self, name: str) -> Tensor:
         return self.where[name].read(name)
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Put a tensor into the memory of ``target``, of its shape and perhaps another type."""
+        self.where[name].read_into(name, target)
 
     def over(self, stored: TensorFolder) -> TensorFolder:
         """The same tensors read by ``stored``, another way of reading the same files."""

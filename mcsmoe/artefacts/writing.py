@@ -102,7 +102,7 @@ class Bytes(NamedTuple):
 
     file: Path
     start: int
-    count: int
+    length: int
 
 
 def copy_tensors(
@@ -137,11 +137,11 @@ def joined(
     """The bytes of ``names`` in turn, those that lie one behind the other as one."""
     last: Bytes | None = None
     for name in names:
-        if sum(part.count for part in places[name]) != infos[name].nbytes:
+        if sum(part.length for part in places[name]) != infos[name].nbytes:
             raise ValueError(f"tensor {name!r} has {infos[name].nbytes} bytes, and {places[name]} are given")
         for part in places[name]:
-            if last is not None and last.file == part.file and last.start + last.count == part.start:
-                last = last._replace(count=last.count + part.count)
+            if last is not None and last.file == part.file and last.start + last.length == part.start:
+                last = last._replace(length=last.length + part.length)
                 continue
             if last is not None:
                 yield last
@@ -151,7 +151,7 @@ def joined(
 
 
 def _copy(source: BinaryIO, target: BinaryIO, part: Bytes) -> None:
-    start, left = part.start, part.count
+    start, left = part.start, part.length
     while left:
         try:
             done = os.copy_file_range(source.fileno(), target.fileno(), min(left, _AT_ONCE), start)

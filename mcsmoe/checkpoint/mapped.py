@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mcsmoe.artefacts.tensors import TensorFile, TensorFolder
+from mcsmoe.artefacts.tensors import TensorFile, TensorFolder, TensorInfo
 
 _AHEAD = 2**24  # bytes asked for at once
 
@@ -46,6 +46,11 @@ class MappedFile(TensorFile):
             return super().read(name)
         with self.path.open("rb", buffering=0) as handle:
             return mapped(handle.fileno(), start, info.dtype, info.shape)
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        if TensorInfo.of(target) == self.tensors[name]:
+            self.bytes_read += self.tensors[name].nbytes
+        super().read_into(name, target)
 
     def read_ahead(self, name: str) -> None:
         """Ask the system to read a tensor into its own cache."""

@@ -31,8 +31,11 @@ class NameMap:
         self.converted: set[str] = set()
         self.unplaced: dict[str, TensorInfo] = {}
         self.transforms: list[Any] = []
+        self.patterns: dict[str, str] = {}  # by stored name, the pattern of the conversion that takes it
+        self.converters: dict[Any, Any] = {}  # by pattern
         self._partly: set[int] = set()  # units of which the model takes a part only
-        state = model.state_dict()
+        self.state: Mapping[str, Any] = model.state_dict()
+        state = self.state
         if stored_as_named:
             self.units = {name: [name] for name in tensors.where if name in state}
         else:
@@ -49,7 +52,7 @@ class NameMap:
         self.transforms = get_model_conversion_mapping(self.model)
         renamings = [one for one in self.transforms if isinstance(one, WeightRenaming)]
         converters = [one for one in self.transforms if isinstance(one, WeightConverter)]
-        by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+        self.converters = by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
         for name in self.tensors.where:
             key, pattern = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
             if key not in state and name in state:
@@ -65,6 +68,7 @@ class NameMap:
             for target in targets[1:]:
                 self.units.setdefault(target, unit)
             if pattern is not None:
+                self.patterns[name] = pattern
                 self.converted |= set(targets)
                 if not all(target in state for target in targets):
                     self._partly.add(id(unit))
@@ -96,7 +100,7 @@ class NameMap:
             return True
         names = self.units[one][0], self.units[two][0]
         first, second = (self.tensors.where[name] for name in names)
-        if self._info(names[0]) != self._info(names[1]):
+        if self.info(names[0]) != self.info(names[1]):
             left, right = first.read(names[0]), second.read(names[1])
             return left.shape != right.shape or not torch.equal(left.float(), right.float())
         return any(a != b for a, b in zip(first.chunks(names[0]), second.chunks(names[1]), strict=True))
@@ -104,10 +108,11 @@ class NameMap:
     # -- what a loader asks --------------------------------------------------------------------------------------
     def stored_dtype(self, name: str) -> torch.dtype:
         """Number format of the tensors that ``name`` is made of; that of the model where they are several."""
-        found = {self._info(one).dtype for one in self.units[name]}
+        found = {self.info(one).dtype for one in self.units[name]}
         return found.pop() if len(found) == 1 else tensor_dtype(self.model, name)
 
-    def _info(self, name: str) -> TensorInfo:
+    def info(self, name: str) -> TensorInfo:
+        """Type and shape of a stored tensor, as the model takes it."""
         return self.tensors.where[name].tensors[name]
 
     def check(self, own: list[str]) -> None:
@@ -122,7 +127,7 @@ class NameMap:
             needs[key] = needs.get(key, 0) + state[name].numel()
         for name in own:
             unit = self.units[name]
-            stored, needed = self._info(unit[0]), state[name]
+            stored, needed = self.info(unit[0]), state[name]
             if name not in self.converted:
                 if stored.shape != tuple(needed.shape):
                     raise ValueError(
@@ -136,7 +141,7 @@ class NameMap:
                         "numbers; quantised weights are not read, start from the model in bfloat16 or float32"
                     )
                 continue
-            held = sum(math.prod(self._info(one).shape) for one in unit)
+            held = sum(math.prod(self.info(one).shape) for one in unit)
             if id(unit) not in self._partly and held != needs[id(unit)]:
                 raise ValueError(
                     f"{self.tensors.folder}: tensor {name!r} and those beside it need {needs[id(unit)]:,} numbers, but "

@@ -88,18 +88,18 @@ def _pieces(source: Streamed, kept: Mapping[LayerId, Tensor]) -> dict[str, Piece
     slices: dict[LayerId, Slices] = {}
     for layer, kept_K in kept.items():
         if len(kept_K) < adapter.num_experts(model, layer):
-            found = adapter.slices(model, layer, kept_K)
-            if found is None:
+            given = adapter.slices(model, layer, kept_K)
+            if given is None:
                 return None
-            slices[layer] = found
+            slices[layer] = given
     made: dict[str, Piece] = {}
     for name in source.own_names():
-        layer = next((one for one in slices if name.startswith(f"{one}.")), None)
+        within = next((one for one in slices if name.startswith(f"{one}.")), None)
         unit = source.names.units[name]
-        if layer is None:
+        if within is None:
             made |= {part: Piece(part) for one in unit for part in source.tensors.parts(one)}
             continue
-        pieces = _sliced(source, name, unit, layer, slices[layer], kept[layer])
+        pieces = _sliced(source, name, unit, within, slices[within], kept[within])
         if pieces is None:
             return None
         made |= pieces

@@ -30,6 +30,7 @@ from mcsmoe.checkpoint.quantised.settings import without_quantisation
 from mcsmoe.checkpoint.rewriting import rewrite
 from mcsmoe.checkpoint.save import own_tensors, place, tensor_of, true_ties
 from mcsmoe.checkpoint.skeleton import fill_buffers, parse_dtype, run_dtypes, skeleton, stock_skeleton
+from mcsmoe.checkpoint.stacking import Stack, stack_of
 from mcsmoe.checkpoint.vetting import open_weights, refuse_scales
 from mcsmoe.types import ExpertWeights, LayerId, LayerSpec
 
@@ -77,6 +78,7 @@ class Streamed:
         if not self.compact:
             check_sums(self.folder, lambda name: name in self.tensors.files)
         self._before = fields.written(self.model.config)
+        self._stack: dict[str, Stack | None] = {}
         self.model.eval()
 
     def _check_unplaced(self, known: frozenset[str]) -> None:
@@ -160,6 +162,12 @@ class Streamed:
         for name in names:
             if name not in units:
                 place(self.model, name, torch.zeros_like(tensor_of(self.model, name), device="cpu"))
+            elif (stack := self._stacks(name)) is not None:
+                place(
+                    self.model,
+                    name,
+                    stack.read(self.tensors, self._stored.get(name, tensor_of(self.model, name).dtype)),
+                )
             elif name in self.names.converted:
                 dtype = self._stored.get(name, tensor_of(self.model, name).dtype)
                 sources |= {one: self.tensors.read(one).to(dtype) for one in units[name] if one not in sources}
@@ -167,6 +175,14 @@ class Streamed:
                 place(self.model, name, self.tensors.read(units[name][0]))
         if sources:
             self._convert(sources)
+
+    def _stacks(self, name: str) -> Stack | None:
+        """Where the stored experts of a tensor go, if they are only stacked in it."""
+        if name not in self.names.converted:
+            return None
+        if name not in self._stack:
+            self._stack[name] = stack_of(self.names, name)
+        return self._stack[name]
 
     def load_to_run(self, names: Iterable[str]) -> None:
         """The same, in the number formats in which transformers would run the model."""

@@ -62,7 +62,7 @@ def _four_bits(weight: str, kind: str, state: str, infos: Mapping[str, TensorInf
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"tensor {state!r} does not say shape and block of a {kind} tensor ({error})") from error
     roles = {"weight": weight, "absmax": f"{weight}.absmax", "quant_map": f"{weight}.quant_map"}
-    nested = {}
+    nested: dict[str, Any] = {}
     if f"{weight}.nested_absmax" in infos:
         roles |= {one: f"{weight}.{one}" for one in ("nested_absmax", "nested_quant_map")}
         nested = {

@@ -88,6 +88,12 @@ class _DequantisedFile(TensorFile):
     def read(self, name: str) -> Tensor:
         return self._folder.read(name)
 
+    def read_into(self, name: str, target: Tensor) -> None:
+        if name in self._folder.quantised:
+            target.copy_(self.read(name))
+        else:
+            self._file.read_into(name, target)
+
     def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytes]:
         if name not in self._folder.quantised:
             yield from self._file.chunks(name, size)

@@ -74,5 +74,5 @@ def with_plain(settings: Mapping[str, Any], modules: Sequence[str]) -> dict[str,
     """Modules that are not quantised are expressions with a minus sign."""
     dynamic = settings.get("dynamic")
     # The first expression that fits counts, so what is plain stands first.
-    fresh = {f"-:{re.escape(module)}(\\.|$)": {} for module in modules}
+    fresh: dict[str, Any] = {f"-:{re.escape(module)}(\\.|$)": {} for module in modules}
     return {**settings, "dynamic": {**fresh, **(dynamic if isinstance(dynamic, Mapping) else {})}}
