@@ -17,7 +17,7 @@ include: "rules/common.smk"
 include: "rules/generate_data.smk"
 include: "rules/prepare_data.smk"
 include: "rules/prepare.smk"
-include: "rules/take_full.smk" if CONFIG["zero_shot"] else "rules/finetune.smk"
+include: "rules/finetune.smk" if FINETUNED else "rules/take_full.smk"
 # what merging needs to know
 include: "rules/permute.smk"
 include: "rules/collect_routing.smk"

@@ -89,6 +89,7 @@ TOGETHER = LAUNCH if PROCESSES == 1 else f"--processes {PROCESSES}"
 LAUNCHER = Path(os.path.relpath(f"{workflow.basedir}/mcsmoe/workflow/launch.py"))
 CHECKPOINT = CONFIG["model"]["checkpoint"]
 DENSE_CHECKPOINT = CONFIG["model"]["dense_checkpoint"]
+FINETUNED = CONFIG["finetuned"] and not CONFIG["zero_shot"]
 EXPERTS_IN_MODEL = configuration.num_experts(CONFIG)
 
 

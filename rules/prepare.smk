@@ -1,5 +1,5 @@
 rule prepare:
-    # Take the configured checkpoint, or build a Switch Transformer, train its tokenizer and pre-train it.
+    # Take the configured checkpoint, or build a model, train its tokenizer and pre-train it.
     input:
         unpack(pretraining_input(CHECKPOINT)),
     output:

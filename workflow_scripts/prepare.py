@@ -1,4 +1,4 @@
-"""Take a Mixture-of-Experts checkpoint, or build a Switch Transformer, train its tokenizer and pre-train it."""
+"""Take a Mixture-of-Experts checkpoint, or build a model, train its tokenizer and pre-train it."""
 
 from __future__ import annotations
 
@@ -78,6 +78,54 @@ def texts(arguments: argparse.Namespace) -> list[str]:
     return found
 
 
+def stream_of(tokenizer: Any, corpus: list[str], order: list[int], end: int) -> Any:
+    """Tokens of all texts in that order, each closed by the end token."""
+    import numpy as np
+
+    encoded = tokenizer([corpus[place] for place in order], verbose=False)["input_ids"]
+    closed = [ids if ids and ids[-1] == end else [*ids, end] for ids in encoded]
+    return np.concatenate([np.asarray(ids, dtype=np.int64) for ids in closed])
+
+
+def encoder_decoder(
+    arguments: argparse.Namespace, architecture: dict[str, Any], corpus: list[str], order: list[int]
+) -> tuple[Any, Any, Any]:
+    """A Switch Transformer, or one without experts, its tokenizer, and batches of corrupted spans."""
+    from mcsmoe.train.pretrain import SpanCorruption, build_dense, build_switch
+    from mcsmoe.train.tokenizer import sentinel_ids, train_tokenizer
+
+    tokenizer = train_tokenizer(corpus, arguments.vocab_size, arguments.sentinels, arguments.lowercase)
+    made = build_dense if arguments.dense else build_switch
+    model = made(architecture, len(tokenizer), arguments.seed, arguments.near_heads, arguments.residual_scale)
+    end = int(tokenizer.eos_token_id)
+    batches = SpanCorruption(
+        stream_of(tokenizer, corpus, order, end),
+        arguments.window,
+        arguments.batch_size,
+        sentinel_ids(tokenizer),
+        end,
+        arguments.density,
+        arguments.mean_span,
+        arguments.seed,
+    )
+    return model, tokenizer, batches
+
+
+def decoder_only(
+    arguments: argparse.Namespace, architecture: dict[str, Any], corpus: list[str], order: list[int]
+) -> tuple[Any, Any, Any]:
+    """A decoder-only model, its tokenizer, and batches of windows whose next tokens are asked for."""
+    from mcsmoe.train.decoder import NextToken, build_decoder, train_byte_tokenizer
+
+    if arguments.dense:
+        raise ValueError(f"no dense model is built like one of family {architecture['family']!r}; give --checkpoint")
+    tokenizer = train_byte_tokenizer(corpus, arguments.vocab_size)
+    end, pad = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
+    model = build_decoder(architecture, len(tokenizer), max(2048, arguments.window), arguments.seed, end, pad)
+    stream = stream_of(tokenizer, corpus, order, end)
+    return model, tokenizer, NextToken(stream, arguments.window, arguments.batch_size, arguments.seed)
+
+
 def build(arguments: argparse.Namespace) -> None:
     """Train a tokenizer and a model on the corpus."""
     import numpy as np
@@ -87,38 +135,23 @@ def build(arguments: argparse.Namespace) -> None:
     from mcsmoe.artefacts.tables import write_table
     from mcsmoe.checkpoint.save import save_model
     from mcsmoe.train import processes
+    from mcsmoe.train.decoder import FAMILIES
     from mcsmoe.train.loop import Trainer
     from mcsmoe.train.objectives import TaskObjective
-    from mcsmoe.train.pretrain import SpanCorruption, build_dense, build_switch
     from mcsmoe.train.stages import plan_of, signature
     from mcsmoe.train.state import StateStore
-    from mcsmoe.train.tokenizer import sentinel_ids, train_tokenizer
 
     torch.set_num_threads(arguments.threads)
     processes.start(arguments.device)
     settings = options.settings(arguments, "pretrain")
     architecture = fill(arguments.architecture, section("model")["architecture"])
     corpus = texts(arguments)
-    tokenizer = train_tokenizer(corpus, arguments.vocab_size, arguments.sentinels, arguments.lowercase)
-    made = build_dense if arguments.dense else build_switch
-    model = made(architecture, len(tokenizer), arguments.seed, arguments.near_heads, arguments.residual_scale)
-    order = np.random.default_rng(arguments.seed).permutation(len(corpus))
-    encoded = tokenizer([corpus[place] for place in order], add_special_tokens=True)["input_ids"]
-    stream = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
+    order = np.random.default_rng(arguments.seed).permutation(len(corpus)).tolist()
+    start = decoder_only if architecture["family"] in FAMILIES else encoder_decoder
+    model, tokenizer, batches = start(arguments, architecture, corpus, order)
     console.log.info(
         "corpus: %d texts, %d tokens; vocabulary: %d; model: %.2f M parameters",
-        *(len(corpus), len(stream), len(tokenizer), sum(p.numel() for p in model.parameters()) / 1e6),
-    )
-    eos = int(tokenizer.eos_token_id)
-    batches = SpanCorruption(
-        stream,
-        arguments.window,
-        arguments.batch_size,
-        sentinel_ids(tokenizer),
-        eos,
-        arguments.density,
-        arguments.mean_span,
-        arguments.seed,
+        *(len(corpus), len(batches.stream), len(tokenizer), sum(p.numel() for p in model.parameters()) / 1e6),
     )
     plan = plan_of({**settings, "select_every": 0}, batches.windows, arguments.seed)
     files = [Path(file) for file in arguments.files] + arguments.examples

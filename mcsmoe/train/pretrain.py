@@ -19,6 +19,7 @@ _OF_EXPERTS = (
     *("num_sparse_encoder_layers", "num_sparse_decoder_layers", "num_experts", "expert_capacity"),
     "router_jitter_noise",
 )
+_OF_DECODERS = ("family", "experts_per_token")  # a Switch Transformer has no such fields
 _NEAR, _FAR = 2.0, 8.0  # logits a neighbour's head loses per position, and at most
 
 
@@ -32,8 +33,9 @@ def build_switch(
     """
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
+    own = {name: value for name, value in architecture.items() if name not in _OF_DECODERS}
     config = SwitchTransformersConfig(
-        vocab_size=vocab_size, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **architecture
+        vocab_size=vocab_size, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **own
     )
     torch.manual_seed(seed)
     model = SwitchTransformersForConditionalGeneration(config)
@@ -49,7 +51,7 @@ def build_dense(
     """
     from transformers import T5Config, T5ForConditionalGeneration
 
-    layers = {name: value for name, value in architecture.items() if name not in _OF_EXPERTS}
+    layers = {name: value for name, value in architecture.items() if name not in (*_OF_EXPERTS, *_OF_DECODERS)}
     config = T5Config(vocab_size=vocab_size, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **layers)
     torch.manual_seed(seed)
     model = T5ForConditionalGeneration(config)
@@ -138,6 +140,15 @@ def corrupt(window: Ids, mask: NDArray[np.bool_], sentinels: Sequence[int], eos:
     return collapse(mask, starts, markers), collapse(~mask, ends, kept_markers)
 
 
+def check_corpus(stream: Ids, window: int, batch_size: int) -> None:
+    """Raise ValueError where the corpus is too short for one batch of ``batch_size`` windows."""
+    if len(stream) < window * batch_size:
+        raise ValueError(
+            f"the corpus has {len(stream)} tokens, fewer than one batch of {batch_size} x {window}; "
+            "give more text or lower pretrain.batch_size or pretrain.window"
+        )
+
+
 @dataclass(frozen=True)
 class SpanCorruption:
     """Batches of step ``s`` from one long stream of tokens; the same step always gives the same batch.
@@ -157,11 +168,7 @@ class SpanCorruption:
     seed: int
 
     def __post_init__(self) -> None:
-        if len(self.stream) < self.window * self.batch_size:
-            raise ValueError(
-                f"the corpus has {len(self.stream)} tokens, fewer than one batch of {self.batch_size} x {self.window}; "
-                "give more text or lower pretrain.batch_size or pretrain.window"
-            )
+        check_corpus(self.stream, self.window, self.batch_size)
 
     @property
     def windows(self) -> int:

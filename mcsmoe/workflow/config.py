@@ -174,7 +174,26 @@ def _methods(config: Mapping[str, Any]) -> None:
             f"variants names a dense model, and model.checkpoint is {given['checkpoint']!r}, from which none can be made; "
             "name the model to compare with in model.dense_checkpoint, or leave the variant out"
         )
+    if given["checkpoint"] is None and given["architecture"]["family"] != consistency.SWITCH:
+        _decoder_only(config, known)
     consistency.check(config, known)
+
+
+def _decoder_only(config: Mapping[str, Any], known: Mapping[str, methods.Method]) -> None:
+    family, taken = config["model"]["architecture"]["family"], config["model"]["architecture"]["experts_per_token"]
+    for name in config["variants"]:
+        if known[name].dense and not config["model"]["dense_checkpoint"]:
+            raise ValueError(
+                f"variants names {name!r}, and no dense model is built like one of family {family!r}; name one in "
+                "model.dense_checkpoint, or leave the variant out"
+            )
+        drops = known[name].merge in methods.MERGES and methods.MERGES[known[name].merge].drops
+        fewest = min(config["experts"], default=taken)
+        if drops and fewest < taken:
+            raise ValueError(
+                f"experts is {config['experts']}, but a token takes {taken} experts and {name} leaves no more than "
+                f"{fewest} to choose from; keep at least {taken}"
+            )
 
 
 def _whole_per_task(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from mcsmoe.workflow.given_model import largest_rank
 
 _TRAINING = ("pretrain", "finetune", "recover", "compress")
 _SPECIAL_TOKENS = 3  # padding, end and unknown
+_BYTES = 258  # tokens that a vocabulary over bytes has at least: these, padding and end
+SWITCH = "switch"
+"""The family that is built where the configuration names no other; it alone reads and writes."""
 
 
 def check(config: Mapping[str, Any], known: Mapping[str, Method]) -> None:
@@ -89,7 +92,9 @@ def sparse_numbers(layers: int, sparse: int) -> list[int]:
 
 
 def layer_names(architecture: Mapping[str, Any]) -> list[str]:
-    """Names of the sparse layers of the Switch Transformer that is built, in forward order."""
+    """Names of the sparse layers of the model that is built, in forward order."""
+    if architecture["family"] != SWITCH:
+        return [f"model.layers.{number}.mlp" for number in range(architecture["num_layers"])]
     encoder = sparse_numbers(architecture["num_layers"], architecture["num_sparse_encoder_layers"])
     decoder = sparse_numbers(architecture["num_decoder_layers"], architecture["num_sparse_decoder_layers"])
     return [f"encoder.block.{number}.layer.1.mlp" for number in encoder] + [
@@ -101,6 +106,9 @@ def _model(config: Mapping[str, Any]) -> None:
     model = config["model"]
     architecture, tokenizer = model["architecture"], model["tokenizer"]
     place = "model.architecture"
+    if architecture["family"] != SWITCH:
+        _decoder(architecture, tokenizer)
+        return
     for kind, layers in (("encoder", "num_layers"), ("decoder", "num_decoder_layers")):
         name, total = f"num_sparse_{kind}_layers", architecture[layers]
         asked = architecture[name]
@@ -122,6 +130,25 @@ def _model(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"model.tokenizer.sentinels is {tokenizer['sentinels']}, which with {_SPECIAL_TOKENS} more special tokens "
             f"leaves no room in a vocab_size of {tokenizer['vocab_size']}; lower it, or raise vocab_size"
+        )
+
+
+def _decoder(architecture: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> None:
+    place, taken = "model.architecture", architecture["experts_per_token"]
+    if taken > architecture["num_experts"]:
+        raise ValueError(
+            f"{place}.experts_per_token is {taken}, but {place}.num_experts only {architecture['num_experts']}; lower it"
+        )
+    width, heads = architecture["d_model"], architecture["num_heads"]
+    if width % heads or (width // heads) % 2 or architecture["d_kv"] % 2:
+        raise ValueError(
+            f"{place}.d_model is {width}, {place}.num_heads {heads} and {place}.d_kv {architecture['d_kv']}; the heads of a "
+            "decoder-only model share the width in even parts"
+        )
+    if tokenizer["vocab_size"] < _BYTES:
+        raise ValueError(
+            f"model.tokenizer.vocab_size is {tokenizer['vocab_size']}; a decoder-only model has a token for every byte, so "
+            f"give at least {_BYTES}"
         )
 
 

@@ -64,7 +64,7 @@ def everything_measured(wildcards):
             for variant, experts, checkpoint in evaluated():
                 for kind in ("predictions", "metrics", "cost"):
                     found[kind].append(run.table(checkpoint, kind))
-                trained = checkpoint != methods.FULL or not CONFIG["zero_shot"]
+                trained = checkpoint != methods.FULL or FINETUNED
                 if trained and stage_of(checkpoint).trains:
                     found["training"].append(run.table(checkpoint, "training"))
                 if METHODS[variant].merge is not None:
