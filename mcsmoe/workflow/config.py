@@ -187,7 +187,7 @@ def _decoder_only(config: Mapping[str, Any], known: Mapping[str, methods.Method]
                 f"variants names {name!r}, and no dense model is built like one of family {family!r}; name one in "
                 "model.dense_checkpoint, or leave the variant out"
             )
-        drops = known[name].merge in methods.MERGES and methods.MERGES[known[name].merge].drops
+        drops = known[name].merge in methods.MERGES and methods.MERGES[str(known[name].merge)].drops
         fewest = min(config["experts"], default=taken)
         if drops and fewest < taken:
             raise ValueError(
