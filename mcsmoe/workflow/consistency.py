@@ -93,7 +93,7 @@ def sparse_numbers(layers: int, sparse: int) -> list[int]:
 
 def layer_names(architecture: Mapping[str, Any]) -> list[str]:
     """Names of the sparse layers of the model that is built, in forward order."""
-    if architecture["family"] != SWITCH:
+    if architecture.get("family", SWITCH) != SWITCH:
         return [f"model.layers.{number}.mlp" for number in range(architecture["num_layers"])]
     encoder = sparse_numbers(architecture["num_layers"], architecture["num_sparse_encoder_layers"])
     decoder = sparse_numbers(architecture["num_decoder_layers"], architecture["num_sparse_decoder_layers"])
