@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mcsmoe.calibration.rows import Row, read_rows, rows_of
-from mcsmoe.calibration.text import batches
+from mcsmoe.calibration.text import batches, packed
 
 GOOD = {"text": "old miller counts grain"}
 TEMPLATE = (
@@ -295,3 +295,20 @@ def test_rows_are_drawn_once_each_and_the_same_by_seed(tmp_path: Path) -> None:
     assert len({one[0] for one in drawn}) == 10
     assert drawn == tokens(rows, samples=10, seed=3) != tokens(rows, samples=10, seed=4)
     assert torch.equal(*(batches(rows, None, False, 9, 9, 2, 1)[0]["input_ids"] for _ in range(2)))
+
+
+@pytest.mark.parametrize(
+    ("texts", "length", "expected"),
+    [
+        ([[1, 2, 3], [4, 5]], 4, [[1, 2, 3, 9]]),
+        ([[1, 2, 3], [4, 9], [5]], 3, [[1, 2, 3], [9, 4, 9]]),
+        ([[1]], 4, [[1, 9]]),
+    ],
+)
+def test_texts_are_joined_by_their_end_and_cut(texts: list[list[int]], length: int, expected: list[list[int]]) -> None:
+    assert packed(texts, length, end=9) == expected
+
+
+def test_two_sided_texts_are_not_packed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        batches(read_rows(jsonl(tmp_path, GOOD)), tokenizer(), True, 9, 2, 99, 0, pack=8)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mcsmoe.calibration.files import load_statistics
@@ -149,6 +150,26 @@ def test_what_cannot_be_collected_is_refused_first(
     assert stopped.value.code == 1
     assert match in caplog.text
     assert not list(full.parent.glob("out*"))
+
+
+def test_texts_are_packed_to_rows_of_one_length(full: Path) -> None:
+    folder = collect(full, "packed", "--pack", 16)
+    plain = collect(full, "plain")
+    for name, found in read_description(folder)["domains"].items():
+        given = read_description(plain)["domains"][name]["tokens"]
+        assert found["tokens"] == 16 * found["rows"]
+        assert given - 16 < found["tokens"] <= given
+
+
+def test_domains_are_weighed_in_a_merge_as_in_their_statistics(full: Path) -> None:
+    given = [f"code={full.parent / 'code.jsonl'}:0.2", f"prose={full.parent / 'prose.jsonl'}:0.8"]
+    words = ["--calibration", given[0], "--calibration", given[1], "--samples", 40]
+    run("collect", full, *words, "--out", full.parent / "statistics")
+    how = ["--experts", 3, "--no-sequential"]
+    run("merge", full, *words, *how, "--out", full.parent / "text")
+    run("merge", full, "--statistics", full.parent / "statistics", *how, "--out", full.parent / "folder")
+    one, two = (load_file(full.parent / name / "model.safetensors") for name in ("text", "folder"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 # -- kills -------------------------------------------------------------------------------------------------------

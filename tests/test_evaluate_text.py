@@ -14,6 +14,7 @@ import tiny_switch
 import torch
 from torch.nn import functional
 
+import mcsmoe
 from mcsmoe.artefacts.tables import read_table
 from mcsmoe.cli import main as cli
 from mcsmoe.evaluate.language import by_domain, ratio
@@ -132,3 +133,33 @@ def test_errors_are_one_message(
         run("evaluate", tmp_path / "full", "--text", tmp_path / "text.jsonl", *words)
     assert stopped.value.code == 1
     assert match in caplog.text
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "nllb_moe"])
+def test_continuations_are_the_likeliest_tokens_one_by_one(family: str, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "text.jsonl", seq2seq=family == "nllb_moe")
+    tiny_models.model(family).save_pretrained(tmp_path / "full")
+    model: Any = mcsmoe.load(tmp_path / "full")
+    run("evaluate", tmp_path / "full", "--text", tmp_path / "text.jsonl", "--continuations", 3, "--new-tokens", 9, "--batch-size", 1,
+        "--reference", tmp_path / "full", "--out", tmp_path / "scores.parquet")  # fmt: skip
+    found = read_table(tmp_path / "scores.parquet", "language")
+    ends = {model.generation_config.eos_token_id}
+    for place in (0, 3, 6):
+        ids = rows[place]["input_ids"]
+        prompt, made = (ids, []) if family == "nllb_moe" else (ids[: len(ids) // 2], [])
+        while len(made) < 9:
+            with torch.no_grad():
+                if family == "nllb_moe":
+                    start = [model.config.decoder_start_token_id, *made]
+                    given = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([start])}
+                else:
+                    given = {"input_ids": torch.tensor([[*prompt, *made]])}
+                likeliest = int(model(**given, use_cache=False).logits[0, -1].argmax())
+            if likeliest in ends:
+                break
+            made.append(likeliest)
+        grams = [tuple(made[at : at + 4]) for at in range(len(made) - 3)]
+        expected = len(set(grams)) / len(grams) if grams else float("nan")
+        np.testing.assert_equal(found["distinct_4grams"][place], expected)
+        np.testing.assert_equal(found["reference_distinct_4grams"][place], expected)
+    assert found["looping"].notna().sum() == 3

@@ -152,6 +152,13 @@ SCHEMAS: dict[str, pa.Schema] = {
         reference_nats=(_FLOAT, "the same of the reference; NaN without one"),
         divergence=(_FLOAT, "sum of KL(reference, model) over the predictions, nats; NaN without a reference"),
         agreement=(_FLOAT, "predictions whose likeliest token is the reference's; NaN without one"),
+        looping=(
+            _FLOAT,
+            "whether the greedy continuation of its first half ends in a loop (1, 0); NaN if not continued",
+        ),
+        distinct_4grams=(_FLOAT, "share of the 4-grams of the continuation that differ from all others; NaN likewise"),
+        reference_looping=(_FLOAT, "the same of the reference; NaN without one"),
+        reference_distinct_4grams=(_FLOAT, "the same of the reference; NaN without one"),
     ),
     "summary": _schema(
         task=(_STRING, "task name"),

@@ -79,6 +79,7 @@ def _scores(frame: pd.DataFrame) -> str | None:
 
 
 _EXPERT = {"expert": _COUNT}
+_RUNNING_ON = ("looping", "distinct_4grams", "reference_looping", "reference_distinct_4grams")
 _COST = ("generate_latency_ms", "generate_latency_spread_ms", "generate_tokens_per_second")
 
 VALUES: dict[str, Values] = {
@@ -139,8 +140,8 @@ VALUES: dict[str, Values] = {
     ),
     "cost": Values(ranges={"parameters": _COUNT, "bytes_on_disk": _COUNT, "flops": _COUNT}, unknown=frozenset(_COST)),
     "language": Values(
-        ranges={"tokens": _COUNT, "nats": _AMOUNT},
-        unknown=frozenset({"reference_nats", "divergence", "agreement"}),
+        ranges={"tokens": _COUNT, "nats": _AMOUNT, **dict.fromkeys(_RUNNING_ON, _SHARE)},
+        unknown=frozenset({"reference_nats", "divergence", "agreement", *_RUNNING_ON}),
     ),
     "summary": Values(
         ranges={"value": _ANY, "n": _COUNT},

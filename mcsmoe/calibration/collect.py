@@ -183,8 +183,6 @@ def collect(
                 run.commit(block)
                 _say(block, major, total, (time.monotonic() - started) / (len(run.order) - first))
         run.finish()
-    for name, domain in run.described["domains"].items():
-        log.info("%s: %d tokens in %d rows", name, domain["tokens"], domain["rows"])
     if run.convergence:
         share = sum(run.convergence.values()) / len(run.convergence)
         worst = min(run.convergence, key=lambda layer: run.convergence[layer])

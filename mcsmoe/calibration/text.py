@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def batches(
     max_tokens: int,
     seed: int,
     vocabulary: int | None = None,
+    pack: int | None = None,
 ) -> list[Batch]:
     """Padded batches of ``samples`` rows at random, the longest first.
 
@@ -44,31 +46,51 @@ def batches(
     Args:
         max_tokens: most tokens of a row that are used, on each side of an encoder-decoder model.
         vocabulary: how many embeddings the model has; None checks no token against it.
+        pack: join the texts, an end token behind each, and cut them to rows of so many tokens, so that none is padded;
+            ``max_tokens`` has no part in it. What is left at the end is a row only if it is the only one.
 
     Returns:
         input_ids, attention_mask [B, S] and labels [B, T] (-100 where padded), int64.
 
     Raises:
-        ValueError: a token that the model has no embedding for, messages that the chat template refuses, or no tokens at
-            all; names the file and the row.
+        ValueError: a token that the model has no embedding for, messages that the chat template refuses, no tokens at
+            all, or rows to pack for an encoder-decoder model; names the file and the row.
     """
+    if pack is not None and encoder_decoder:
+        raise ValueError("--pack joins texts to one, and an encoder-decoder model reads two; leave it out")
     if vocabulary is not None:
         for row in rows:
             for name in ("input_ids", "labels"):
                 check_ids(row.fields.get(name, ()), vocabulary, f"{row.place}: field {name!r}")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()[:samples]
     found = [_sides(rows[number], tokenizer, encoder_decoder, vocabulary) for number in order]
-    pairs = [_cut(*sides, encoder_decoder, max_tokens) for sides in found]
+    pairs = [_cut(*sides, encoder_decoder, max_tokens if pack is None else sys.maxsize) for sides in found]
     kept = [pair for pair in pairs if pair[0] and pair[1]]
     if not kept:
         raise ValueError(f"{rows[order[0]].place} and all others drawn give no tokens; give longer texts")
     if len(kept) < len(pairs):
         log.info("%d of %d calibration rows give no tokens and are left out", len(pairs) - len(kept), len(pairs))
+    if pack is not None:
+        kept = [(row, row) for row in packed([ids for ids, _ in kept], pack, getattr(tokenizer, "eos_token_id", None))]
     kept.sort(key=lambda pair: -len(pair[0]))
     pad = getattr(tokenizer, "pad_token_id", None) or 0
     # Padding is masked, but has to be embedded all the same.
     pad = 0 if vocabulary is not None and pad >= vocabulary else pad
     return [_batch(kept[start : start + batch_size], pad) for start in range(0, len(kept), batch_size)]
+
+
+def packed(texts: Iterable[Sequence[int]], length: int, end: int | None) -> list[list[int]]:
+    """Token ids of ``texts`` one behind the other, ``end`` after each that does not end so, cut to rows of ``length``.
+
+    The last tokens, too few for a row, are left out unless there is no other row.
+    """
+    stream: list[int] = []
+    for ids in texts:
+        stream += ids
+        if end is not None and stream[-1] != end:
+            stream.append(end)
+    whole = len(stream) - len(stream) % length
+    return [stream[start : start + length] for start in range(0, whole, length)] or [stream]
 
 
 def encoded(

@@ -13,13 +13,15 @@ from mcsmoe.calibration.layer_major import DomainBatch, LayerMajor
 from mcsmoe.calibration.states import States
 from mcsmoe.checkpoint.load import load_tokenizer
 from mcsmoe.checkpoint.streaming import Streamed
+from mcsmoe.cli._domains import domains
 from mcsmoe.cli.options import pass_options
 from mcsmoe.console import progress
+from mcsmoe.statistics.blend import blend
 from mcsmoe.statistics.routing import RoutingStatistics
 
 
 def batches(source: Streamed, arguments: argparse.Namespace) -> list[text.Batch]:
-    """Batches of the text that ``--calibration`` names."""
+    """Batches of the text in the file ``calibration``."""
     rows = text.read_rows(arguments.calibration)
     tokenizer = load_tokenizer(source.folder) if text.needs_tokenizer(rows) else None
     return text.batches(
@@ -31,6 +33,7 @@ def batches(source: Streamed, arguments: argparse.Namespace) -> list[text.Batch]
         max_tokens=arguments.max_tokens,
         seed=arguments.seed,
         vocabulary=text.vocabulary_of(source.model),
+        pack=getattr(arguments, "pack", None),
     )
 
 
@@ -52,7 +55,9 @@ def statistics(source: Streamed, arguments: argparse.Namespace) -> RoutingStatis
         raise ValueError(
             "routing statistics are needed: give --calibration FILE, or --statistics PATH collected before"
         )
-    given = [DomainBatch("all", inputs) for inputs in batches(source, arguments)]
+    taken = domains(source, arguments)
+    weights = None if taken[0].weight is None else {one.name: one.weight or 0.0 for one in taken}
+    given = [DomainBatch(one.name, inputs) for one in taken for inputs in one.batches]
     settings = pass_options(arguments)
     found = RoutingStatistics(settings.reservoir, seed=settings.seed)
     arguments.out.resolve().parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +70,7 @@ def statistics(source: Streamed, arguments: argparse.Namespace) -> RoutingStatis
         try:
             with major.open():
                 for block in progress(major.blocks(), "routing statistics", total=total):
-                    found.layers |= {layer: domains["all"].cpu() for layer, domains in block.layers.items()}
+                    found.layers |= {layer: blend(parts, weights).cpu() for layer, parts in block.layers.items()}
         finally:
             states.close()
     # As the model names them, which need not be the order of their calls.

@@ -64,10 +64,18 @@ def shares(files: list[DomainFile], samples: int) -> list[int]:
 def domains(source: Streamed, arguments: argparse.Namespace) -> list[Domain]:
     """The rows of all files that ``--calibration`` names, in batches of one domain each."""
     from mcsmoe.calibration.collect import Domain
+    from mcsmoe.calibration.folder import tokens_of
     from mcsmoe.cli._calibration import batches
+    from mcsmoe.console import log
 
-    made = []
-    for one, count in zip(arguments.calibration, shares(arguments.calibration, arguments.samples), strict=True):
+    made, seq2seq = [], bool(source.model.config.is_encoder_decoder)
+    given = arguments.calibration
+    files = given if isinstance(given, list) else [DomainFile(_name_of(given), given, None)]
+    for one, count in zip(files, shares(files, arguments.samples), strict=True):
         own = argparse.Namespace(**(vars(arguments) | {"calibration": one.file, "samples": count}))
-        made.append(Domain(one.name, batches(source, own), one.weight))
+        domain = Domain(one.name, batches(source, own), one.weight)
+        made.append(domain)
+        rows = sum(batch["input_ids"].shape[0] for batch in domain.batches)
+        tokens = sum(tokens_of(batch, seq2seq) for batch in domain.batches)
+        log.info("%s: %d tokens in %d rows", one.name, tokens, rows)
     return made

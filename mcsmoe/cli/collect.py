@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from mcsmoe.cli import options
-from mcsmoe.cli._domains import domain_file
 
 NAME = "collect"
 HELP = """Collect the statistics of a checkpoint on calibration text, once for every method.
@@ -22,19 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("model", type=Path, help="checkpoint folder, or a model on the hub")
     options.add_out(parser)
-    group = parser.add_argument_group("calibration")
-    group.add_argument(
-        "--calibration",
-        type=domain_file,
-        action="append",
-        required=True,
-        metavar="[DOMAIN=]FILE[:WEIGHT]",
-        help="text (.txt, .jsonl, .parquet), once for each domain; a weight is the domain's share of the tokens",
-    )
-    group.add_argument("--samples", type=int, default=256, help="rows drawn in all, shared by weight")
-    group.add_argument("--batch-size", type=int, default=32, help="rows per forward pass")
-    group.add_argument("--max-tokens", type=int, default=256, help="tokens of a row, per side")
-    group.add_argument("--reservoir", type=int, default=64, help="tokens kept per expert, where they are compared")
+    options.add_domain_files(parser.add_argument_group("calibration"), required=True)
     options.add_pass(parser)
 
 

@@ -36,6 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="rows per forward pass")
     parser.add_argument("--max-tokens", type=int, default=1024, help="tokens of a row that are scored, per side")
     parser.add_argument("--seed", type=int, default=0, help="of the rows and of the bootstrap")
+    parser.add_argument(
+        "--continuations",
+        type=int,
+        default=0,
+        metavar="N",
+        help="continue the first halves of N documents greedily, and say how many end in a loop; each model is in memory as "
+        "a whole for it",
+    )
+    parser.add_argument("--new-tokens", type=int, default=256, help="most tokens of a continuation")
     options.add_pass(parser)
 
 
@@ -46,7 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out is {out}; the table is written as parquet, so give a name that ends in .parquet")
     if out is not None and out.exists() and not arguments.overwrite:
         raise ValueError(f"{out}: exists already; give another --out, or --overwrite to replace it")
-    for name in ("samples", "batch_size", "max_tokens"):
+    if arguments.continuations < 0:
+        raise ValueError(f"--continuations is {arguments.continuations}; give 0 or more")
+    for name in ("samples", "batch_size", "max_tokens", "new_tokens"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
     import torch
@@ -62,11 +73,43 @@ def run(arguments: argparse.Namespace) -> None:
     source = Streamed(arguments.model)
     reference = None if arguments.reference is None else Streamed(arguments.reference)
     documents = _documents(source, arguments)
-    frame = frame_of(score(source, documents, passing, arguments.batch_size, reference), "language")
+    rows = score(source, documents, passing, arguments.batch_size, reference)
+    said = _run_on(arguments, documents, rows, passing.device)
+    frame = frame_of(rows, "language")
     if out is not None:
         write_table(out, frame, "language")
     for one in by_domain(frame, seed=arguments.seed):
         log.info("%s", in_words(one))
+    if said is not None:
+        log.info("%s", said)
+
+
+def _run_on(
+    arguments: argparse.Namespace, documents: list[Document], rows: list[dict[str, Any]], device: Any
+) -> str | None:
+    """Say of ``rows`` how the models continue them, where ``--continuations`` asks for it; what there is to say in words."""
+    from mcsmoe.checkpoint.load import load_model
+    from mcsmoe.evaluate import continuations
+
+    for row in rows:
+        row |= {f"{of}{name}": float("nan") for of in ("", "reference_") for name in continuations.COLUMNS}
+    if not arguments.continuations:
+        return None
+    texts = [one.inputs["input_ids"][0].tolist() for one in documents]
+    found: list[list[dict[str, float]]] = []
+    for of, folder in (("", arguments.model), ("reference_", arguments.reference)):
+        if folder is None:
+            continue
+        model: Any = load_model(folder, device=device)
+        seq2seq = bool(model.config.is_encoder_decoder)
+        prompts = continuations.prompts_of(texts, arguments.continuations, seq2seq)
+        answers = continuations.continued(
+            model, list(prompts.values()), arguments.new_tokens, arguments.batch_size, f"{of}continuations"
+        )
+        found.append(continuations.columns(answers))
+        for place, values in zip(prompts, found[-1], strict=True):
+            rows[place] |= {f"{of}{name}": value for name, value in values.items()}
+    return continuations.in_words(found[0], found[1] if len(found) > 1 else None)
 
 
 def _documents(source: Streamed, arguments: argparse.Namespace) -> list[Document]:

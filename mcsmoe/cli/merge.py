@@ -100,7 +100,6 @@ def in_sequence(arguments: argparse.Namespace) -> bool:
 def _reduce(arguments: argparse.Namespace) -> None:
     from mcsmoe.checkpoint.streaming import Streamed
     from mcsmoe.cli import _reduce
-    from mcsmoe.cli._domains import domain_file
     from mcsmoe.transform.reduce import Merging, Reduction
 
     merging = record(Merging, arguments, merge=arguments.method)
@@ -108,7 +107,6 @@ def _reduce(arguments: argparse.Namespace) -> None:
     source = Streamed(arguments.model)
     _reduce.check_whole(source)
     arguments.remove = None
-    arguments.calibration = [domain_file(str(arguments.calibration))]
     drops = arguments.method not in MERGES or MERGES[arguments.method].drops
     counts = _reduce.counts(source, arguments, drops)
     settings = {name: getattr(arguments, name) for name in (*_SETTINGS, "refit", "ridge")}

@@ -31,7 +31,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     _add_rows(group, "rows drawn from the file")
 
 
-def _add_rows(group: argparse._ArgumentGroup, drawn: str) -> None:
+def _add_rows(group: argparse._ActionsContainer, drawn: str) -> None:
     """How much of the text is used, and how."""
     group.add_argument("--samples", type=int, default=256, help=drawn)
     group.add_argument("--batch-size", type=int, default=32, help="rows per forward pass")
@@ -40,28 +40,38 @@ def _add_rows(group: argparse._ArgumentGroup, drawn: str) -> None:
 
 def add_statistics(parser: argparse.ArgumentParser) -> None:
     """The text to calibrate on, or statistics that were collected before."""
-    add_calibration(parser)
-    group = parser.add_argument_group("statistics")
-    group.add_argument("--statistics", type=Path, metavar="PATH", help="statistics collected or saved before, instead")
+    add_domains(parser)
+    group = parser.add_argument_group("statistics to keep")
     group.add_argument("--save-statistics", type=Path, metavar="FILE", help="keep the statistics for other runs")
-    group.add_argument("--reservoir", type=int, default=64, help="tokens kept per expert, where they are compared")
     add_pass(parser)
 
 
 def add_domains(parser: argparse.ArgumentParser) -> None:
     """The text to calibrate on, domain by domain, or statistics that were collected before."""
+    group = parser.add_argument_group("calibration")
+    add_domain_files(group)
+    group.add_argument("--statistics", type=Path, metavar="PATH", help="statistics collected or saved before, instead")
+
+
+def add_domain_files(group: argparse._ActionsContainer, required: bool = False) -> None:
+    """The text to calibrate on, domain by domain, and how much of it is used."""
     from mcsmoe.cli._domains import domain_file
 
-    group = parser.add_argument_group("calibration")
     group.add_argument(
         "--calibration",
         type=domain_file,
         action="append",
+        required=required,
         metavar="[DOMAIN=]FILE[:WEIGHT]",
         help="text (.txt, .jsonl, .parquet), once for each domain; a weight is the domain's share of the tokens",
     )
     _add_rows(group, "rows drawn in all, shared by weight")
-    group.add_argument("--statistics", type=Path, metavar="DIR", help="what mcsmoe collect wrote, instead")
+    group.add_argument(
+        "--pack",
+        type=int,
+        metavar="LENGTH",
+        help="join the texts and cut them to rows of so many tokens, in place of --max-tokens",
+    )
     group.add_argument("--reservoir", type=int, default=64, help="tokens kept per expert, where they are compared")
 
 
@@ -158,8 +168,8 @@ def prepare(arguments: argparse.Namespace) -> None:
         raise ValueError("--calibration and --statistics are given, of which one alone can be used; leave one out")
     if saved is not None and arguments.calibration is None:
         raise ValueError("--save-statistics keeps what --calibration FILE collects, which is not given; give it")
-    for name in ("samples", "batch_size", "max_tokens", "reservoir"):
-        if getattr(arguments, name, 1) < 1:
+    for name in ("samples", "batch_size", "max_tokens", "reservoir", "pack"):
+        if (1 if getattr(arguments, name, None) is None else getattr(arguments, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
     import torch
 
