@@ -27,6 +27,7 @@ include: "rules/cache_teacher.smk"
 include: "rules/group.smk"
 include: "rules/prune.smk"
 include: "rules/merge.smk"
+include: "rules/reduce.smk"
 include: "rules/recover.smk"
 include: "rules/compress.smk"
 # measure and show

@@ -86,7 +86,14 @@ MERGES: dict[str, Merge] = {
 }
 """Merge methods by name."""
 
-CHOICES = {"similarity": tuple(SIMILARITIES), "grouping": GROUPINGS, "merge": tuple(MERGES)}
+MERGES_ON_TOKENS = ("ream", "mergemoe")
+"""Merges of layers in sequence alone, on the tokens that reach each (``mcsmoe.transform.merge_on_tokens``)."""
+
+CHOICES = {
+    "similarity": tuple(SIMILARITIES),
+    "grouping": GROUPINGS,
+    "merge": (*MERGES, *MERGES_ON_TOKENS),
+}
 """By field of a method, the names it takes, where the schema has no list of them."""
 
 CRITERIA: dict[str, str] = {
@@ -103,6 +110,8 @@ CRITERIA: dict[str, str] = {
 
 DROPPED = ("delete", "redirect", "constant", "affine")
 """What becomes of dropped experts: router rows deleted, a kept expert answers, or a novice does."""
+
+CHOICES["criterion"] = tuple(CRITERIA)
 
 PRUNING_BUDGETS = ("uniform", "predicted", "adaptive")
 """How the number of kept experts is spread over the layers."""
@@ -136,6 +145,28 @@ class Method:
     decomposition: str = "svd"
     distillation_weight: float | None = None
     dense: bool = False
+    criterion: str | None = None
+    dropped: str = "delete"
+    novice_rank: int = 16
+    refit: bool = False
+    bits: int | None = None
+    mixture: Mapping[str, float] | None = None
+
+    @property
+    def reduces(self) -> bool:
+        """Whether it leaves a layer fewer experts, or smaller ones, before anything is trained."""
+        return self.merge is not None or self.criterion is not None or self.bits is not None
+
+    @property
+    def in_sequence(self) -> bool:
+        """Whether layers are reduced one after another, each on the tokens that the reduced ones before it give."""
+        on_tokens = self.merge in MERGES_ON_TOKENS or self.mixture is not None
+        return self.criterion is not None or self.refit or self.bits is not None or on_tokens
+
+    @property
+    def fewer(self) -> bool:
+        """Whether the number of experts to keep makes a difference to it."""
+        return self.merge is not None or self.criterion is not None or self.parent is not None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -149,6 +180,20 @@ class Method:
     def needs_gradients(self) -> bool:
         """Whether gradients (or their squares, the Fisher information) must be collected for it."""
         return bool(self.needs & BACKWARD)
+
+
+BITS = (8, 4, 3, 2)
+"""Of the controls that round weights and keep every expert."""
+
+_ON_TOKENS = {
+    "ream": "REAM: merged into the most salient, rows deleted",
+    "mergemoe": "MergeMoE: output projections by least squares",
+}
+
+
+def _pruning_name(criterion: str) -> str:
+    """What pruning by a criterion is called: as the criterion, where no merge is called so."""
+    return f"{criterion}-pruning" if criterion in (*MERGES, "random") else criterion
 
 
 def _builtin() -> dict[str, Method]:
@@ -194,6 +239,15 @@ def _builtin() -> dict[str, Method]:
             budget="uniform",
         ),
         Method("compression", "low-rank plus sparse experts, none merged", compress=True),
+        *(
+            Method(_pruning_name(name), f"pruned by {name}: {about}", criterion=name, budget="uniform")
+            for name, about in CRITERIA.items()
+        ),
+        *(
+            replace(plain, name=name, description=about, merge=name, budget="uniform", recover=False)
+            for name, about in _ON_TOKENS.items()
+        ),
+        *(Method(f"{bits}-bit", f"all experts, their weights rounded to {bits} bits", bits=bits) for bits in BITS),
         Method(DENSE, "a model of the same layers without experts, fine-tuned", dense=True),
     ]
     return {method.name: method for method in made}
@@ -205,12 +259,7 @@ BUILTIN: dict[str, Method] = _builtin()
 _IN_SEQUENCE = replace(BUILTIN["msmoe"], alignment="none", recover=False, budget="uniform")
 PRESETS: dict[str, Method] = {
     **{name: method for name, method in BUILTIN.items() if method.merge in MERGES},
-    "ream": replace(
-        _IN_SEQUENCE, name="ream", description="REAM: merged into the most salient, rows deleted", merge="ream"
-    ),
-    "mergemoe": replace(
-        _IN_SEQUENCE, name="mergemoe", description="MergeMoE: output projections by least squares", merge="mergemoe"
-    ),
+    **{name: replace(_IN_SEQUENCE, name=name, description=about, merge=name) for name, about in _ON_TOKENS.items()},
 }
 """What ``mcsmoe merge --method`` takes beside the merge methods: every setting at once, as published."""
 
@@ -247,15 +296,21 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Method]:
         if base is None and settings.get("merge") in MERGES:
             settings = {"budget": MERGES[settings["merge"]].budget, **settings}
         known[name] = replace(start, **{"name": name, **settings})
+    for name in config["variants"]:
+        start = name.removesuffix(REFIT)
+        if name not in known and name.endswith(REFIT) and start in known and known[start].fewer:
+            about = f"{known[start].description}, refitted"
+            known[name] = replace(known[start], name=name, description=about, refit=True)
     for name, method in known.items():
         field = f"methods.{name}"
+        _check_in_sequence(field, method)
         require_known(f"{field}.similarity", method.similarity, SIMILARITIES)
         require_known(f"{field}.grouping", method.grouping, GROUPINGS)
         if method.merge is not None:
-            require_known(f"{field}.merge", method.merge, (*MERGES, TASK_SPECIFIC))
+            require_known(f"{field}.merge", method.merge, (*MERGES, *MERGES_ON_TOKENS, TASK_SPECIFIC))
         if method.parent is not None:
             require_known(f"{field}.parent", method.parent, known)
-            if known[method.parent].merge is None:
+            if not known[method.parent].fewer:
                 raise ValueError(f"{field}.parent is {method.parent!r}, which merges nothing; name a method that does")
             if method.merge is not None or not method.compress:
                 raise ValueError(f"{field} has a parent, so it must compress (compress: true) and not merge again")
@@ -263,9 +318,31 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Method]:
             raise ValueError(
                 f"{field} is dense, so it has no experts to merge or compress; leave merge, parent, compress out"
             )
-        if method.merge is None and method.recover:
+        if not method.fewer and method.recover:
             raise ValueError(f"{field}.recover is true, but it merges nothing (merge: null); set one of the two")
     return _untrained(known, config["variants"]) if config["zero_shot"] else known
+
+
+def _check_in_sequence(field: str, method: Method) -> None:
+    """Raise ValueError where what a method does to layers in sequence contradicts itself; names the field."""
+    if method.criterion is not None:
+        require_known(f"{field}.criterion", method.criterion, CRITERIA)
+        if method.merge is not None or method.parent is not None:
+            raise ValueError(
+                f"{field}.criterion is {method.criterion!r}, which prunes, and the method merges or has a parent; leave one out"
+            )
+    elif method.dropped != "delete":
+        raise ValueError(f"{field}.dropped is {method.dropped!r}, which takes a criterion; set one, or leave it out")
+    if method.refit and not (method.criterion or method.merge):
+        raise ValueError(f"{field}.refit is true, but no expert is left out or merged; set criterion or merge")
+    if method.in_sequence and method.merge == TASK_SPECIFIC:
+        raise ValueError(
+            f"{field} is task-specific, which is trained and not reduced in sequence; leave refit and bits out"
+        )
+    if method.bits is not None and (method.recover or method.compress):
+        raise ValueError(
+            f"{field}.bits is {method.bits}, and the method trains afterwards; leave recover and compress out"
+        )
 
 
 def _untrained(known: dict[str, Method], variants: list[str]) -> dict[str, Method]:
@@ -286,7 +363,7 @@ def stages(method: Method) -> list[str]:
     """Checkpoints the method makes of its own, in order; the last is its result."""
     if method.dense:
         return ["finetuned"]
-    made = ["pruned" if method.merge == TASK_SPECIFIC else "merged"] if method.merge is not None else []
+    made = ["pruned" if method.merge == TASK_SPECIFIC else "merged"] if method.reduces else []
     made += ["recovered"] if method.recover else []
     return made + (["compressed"] if method.compress else [])
 

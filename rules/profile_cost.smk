@@ -18,11 +18,12 @@ rule profile_cost:
         device=DEVICE,
         task=lambda wildcards: TASKS[wildcards.task],
         names=labels_of,
+        bits=bits_of,
         options=options("cost"),
     message:
         "profile the cost of {wildcards.checkpoint} on {wildcards.task}, seed {wildcards.seed}"
     shell:
         command(
             "--model {input.model:q} --task={params.task:q} --seed {wildcards.seed} {params.names} "
-            "--device={params.device:q} --table {output.table:q} {params.options} "
+            "--device={params.device:q} --table {output.table:q} {params.options} {params.bits} "
         )

@@ -112,7 +112,7 @@ def summary(
                             "protocol": "rank", "metric": "accuracy", "value": value, "ci_low": value - 0.021,
                             "ci_high": min(1.0, value + 0.019), "n": 500, "difference": 0.0 if full else lost,
                             "p_value": p, "test": "" if full else "McNemar, exact", "verdict": verdict,
-                            "parameters": int(3.1e6 * size), "bytes_on_disk": int(12.4e6 * size),
+                            "parameters": int(3.1e6 * size), "bytes_on_disk": int(12.4e6 * size), "packed_bytes": int(6.2e6 * size),
                             "flops": int(2.3e9 * (0.8 if variant == "mcsmoe" else 1)),
                             "latency_ms": 14.0 + 6 * size, "peak_memory_bytes": int(4.1e8 + 5e7 * size),
                         }
@@ -139,6 +139,7 @@ def cost(table: pd.DataFrame) -> pd.DataFrame:
         "stage",
         "parameters",
         "bytes_on_disk",
+        "packed_bytes",
         "peak_memory_bytes",
         "flops",
     ]

@@ -121,19 +121,25 @@ def test_work_is_shared(name: str, empty: Path) -> None:
     runs, chosen = len(config["tasks"]) * len(config["seeds"]), [known[variant] for variant in config["variants"]]
     assert found["prepare"] == len(config["seeds"])
     assert found["prepare_data"] == found["collect_routing"] == runs
-    assert found["take_full" if config["zero_shot"] else "finetune"] == runs
-    assert ("finetune" in found) != config["zero_shot"]
+    given = config["zero_shot"] or not config["finetuned"]
+    assert found["take_full" if given else "finetune"] == runs
+    assert ("finetune" in found) != given
     # Parents are made, too, whether or not they are compared.
     made = {method.name: method for method in chosen}
     made |= {method.parent: known[method.parent] for method in chosen if method.parent}
-    merged = [each for each in made.values() if each.merge not in (None, methods.TASK_SPECIFIC)]
+    in_sequence = [each for each in made.values() if each.in_sequence]
+    sequences = sum(len(config["experts"]) if each.fewer else 1 for each in in_sequence)
+    assert found.get("reduce", 0) == runs * sequences
+    merged = [
+        each for each in made.values() if each.merge not in (None, methods.TASK_SPECIFIC) and not each.in_sequence
+    ]
     aligned = {each.alignment for each in merged} & {"weight", "weight-input", "activation"}
     assert found.get("permute", 0) == runs * len(aligned)
     assert found["group"] == found["merge"] == runs * len(config["experts"]) * len(merged)
     assert found.get("collect_gradients", 0) == (runs if any(each.needs_gradients for each in made.values()) else 0)
     trained = not config["zero_shot"]
     assert found.get("cache_teacher", 0) == (runs if trained else 0)
-    sizes = {each.name: len(config["experts"]) if each.merge or each.parent else 1 for each in chosen}
+    sizes = {each.name: len(config["experts"]) if each.fewer else 1 for each in chosen}
     final = config["evaluate"]["stages"] == "final"
     evaluated = runs * sum(sizes[each.name] * (1 if final else max(1, len(methods.stages(each)))) for each in chosen)
     assert found["evaluate"] == found["profile_cost"] == evaluated

@@ -19,6 +19,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="checkpoint, stock or compact")
     parser.add_argument("--task", required=True, help="task name, or path of a task file, for the table")
     parser.add_argument("--dense", action="store_true", help="the model has no experts")
+    parser.add_argument("--bits", type=int, help="bits that the weights of its experts were rounded to, if they were")
     options.add_labels(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--table", type=Path, required=True, help="written: one row")
@@ -27,6 +28,7 @@ def parse() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    from mcsmoe.compress.bits import bits_a_weight
     from mcsmoe.data.tasks import load_task
     from mcsmoe.evaluate.cost import Settings, measure_in_this_process
 
@@ -40,7 +42,8 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         device = arguments.device
     at = Settings(device=device, **settings)
-    measured = measure_in_this_process(arguments.model, at, repeats, arguments.dense)
+    bits = None if arguments.bits is None else bits_a_weight(arguments.bits)
+    measured = measure_in_this_process(arguments.model, at, repeats, arguments.dense, bits)
 
     # Not before: what the table needs is no part of the memory that is measured.
     import pandas as pd

@@ -32,6 +32,7 @@ STAGES = (
     Stage("finetune", "fine-tuning of the full model", "finetune", trains=True, makes=(FULL_CHECKPOINT, "finetuned")),
     Stage("prune", "fine-tuning while experts fall away", "prune", trains=True, makes=("pruned",)),
     Stage("merge", "merging", "merge", trains=False, makes=("merged",)),
+    Stage("reduce", "pruning or merging in sequence", "reduce", trains=False, makes=("merged",)),
     Stage("recover", "recovery after merging", "recover", trains=True, makes=("recovered",)),
     Stage("compress", "compression of the recovered model", "compress", trains=True, makes=("compressed",)),
 )

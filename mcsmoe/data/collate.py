@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -263,6 +263,48 @@ def calibration_batches(tokenised: Tokenised, samples: int, batch_size: int, see
     chosen = np.random.default_rng((seed, 2)).permutation(len(tokenised))[:samples]
     chosen = chosen[np.lexsort((chosen, -tokenised.label_lengths[chosen], -tokenised.input_lengths[chosen]))]
     return [collate(tokenised, chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
+
+
+def domain_batches(
+    tokenised: Tokenised,
+    groups: Sequence[str],
+    samples: int,
+    batch_size: int,
+    seed: int,
+    mixture: Mapping[str, float] | None = None,
+) -> list[tuple[str, Batch]]:
+    """(domain, batch) of ``samples`` examples at random, each once and every batch of one domain.
+
+    Args:
+        groups: by example its domain.
+        mixture: by domain its share of the samples; None takes examples of all as they come, as domain ``all``.
+
+    Raises:
+        ValueError: no samples are asked for, or a domain of the mixture that no example has; names it.
+    """
+    if samples < 1:
+        raise ValueError(f"calibration.samples is {samples}; at least 1 is needed")
+    order = np.random.default_rng((seed, 2)).permutation(len(tokenised))
+    chosen: dict[str, Offsets] = {"all": order[:samples]}
+    if mixture is not None:
+        names = np.asarray(groups)[order]
+        total = sum(mixture.values())
+        chosen = {}
+        for domain, share in sorted(mixture.items()):
+            rows = order[names == domain]
+            if not len(rows) or not total:
+                raise ValueError(
+                    f"mixture names domain {domain!r}; the examples are of {sorted(set(groups))}, give them shares"
+                )
+            if share:
+                chosen[domain] = rows[: max(1, round(samples * share / total))]
+    made = []
+    for domain, rows in chosen.items():
+        rows = rows[np.lexsort((rows, -tokenised.label_lengths[rows], -tokenised.input_lengths[rows]))]
+        made += [
+            (domain, collate(tokenised, rows[start : start + batch_size])) for start in range(0, len(rows), batch_size)
+        ]
+    return made
 
 
 class PaddingShare(NamedTuple):

@@ -104,8 +104,13 @@ def check(path: str | Path, settings: Settings, repeats: int) -> None:
     weight_bytes(path)
 
 
-def measure_in_this_process(path: str | Path, settings: Settings, repeats: int, dense: bool = False) -> dict[str, Any]:
+def measure_in_this_process(
+    path: str | Path, settings: Settings, repeats: int, dense: bool = False, bits: float | None = None
+) -> dict[str, Any]:
     """What ``measure`` returns, taken in this process, which has done nothing else: its memory is what is measured.
+
+    Args:
+        bits: what a weight of the experts takes, where they were rounded.
 
     Raises:
         ValueError: as ``measure``.
@@ -121,7 +126,7 @@ def measure_in_this_process(path: str | Path, settings: Settings, repeats: int, 
     def load() -> nn.Module:
         return load_model(path, dtype=getattr(torch, settings.dtype), device=settings.device, dense=dense)
 
-    return measure_here(path, settings, repeats, load)
+    return measure_here(path, settings, repeats, load, bits)
 
 
 def weight_bytes(path: str | Path) -> int:
@@ -140,6 +145,7 @@ def measure_here(
     settings: Settings,
     repeats: int,
     load: Callable[[], nn.Module],
+    bits: float | None = None,
 ) -> dict[str, Any]:
     """The measurement itself: ``load`` gives the model, ready, on its device and in its dtype."""
     import torch
@@ -164,6 +170,7 @@ def measure_here(
         "nonzero_parameters": nonzero,
         "parameter_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "bytes_on_disk": weight_bytes(path),
+        "packed_bytes": packed_bytes(model, bits),
         "resident_memory_bytes": resident,
         "peak_memory_bytes": memory,
         "flops": flops,
@@ -244,6 +251,21 @@ def count_flops(run: Callable[[], object]) -> int:
     with FlopCounterMode(display=False, custom_mapping=dict(extra)) as counter:
         run()
     return counter.get_total_flops()
+
+
+def packed_bytes(model: nn.Module, bits: float | None) -> int:
+    """Bytes of the weights at 16 bits each; of the experts' matrices at ``bits`` each, where they were rounded."""
+    from mcsmoe.adapters.registry import adapter_for, has_experts
+
+    total, _ = count_parameters(model)
+    if bits is None or not has_experts(model):
+        return 2 * total
+    adapter: Any = adapter_for(model)
+    matrices = 0
+    for layer in adapter.layers(model):
+        weights = adapter.read_experts(model, layer)
+        matrices += sum(tensor.numel() for tensor in weights.tensors.values() if tensor.ndim == 3)
+    return round(2 * (total - matrices) + matrices * bits / 8)
 
 
 def experts_per_layer(model: nn.Module) -> list[int]:

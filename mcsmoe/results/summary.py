@@ -14,7 +14,7 @@ from mcsmoe.methods import FULL
 if TYPE_CHECKING:
     import pandas as pd
 
-_COST = ("parameters", "bytes_on_disk", "flops", "latency_ms", "peak_memory_bytes")
+_COST = ("parameters", "bytes_on_disk", "packed_bytes", "flops", "latency_ms", "peak_memory_bytes")
 _KEYS = ("task", "variant", "experts", "seed", "stage")
 
 

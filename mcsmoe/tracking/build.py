@@ -35,9 +35,10 @@ def records(found: Results, summary: pd.DataFrame) -> list[RunRecord]:
         if run.groups is not None:
             tables["groups"] = read_table(run.groups, "groups")
             figures["groups"] = partial(plots.grouping, tables["groups"])
-            # Task-specific pruning compares no experts.
-            if known[run.variant].merge != methods.TASK_SPECIFIC:
-                tables["similarity"] = read_table(Path(run.places.similarity(run.variant, run.experts)), "similarity")
+            similarity = Path(run.places.similarity(run.variant, run.experts))
+            # Pruning, and what is reduced in sequence, compares no experts of the whole model.
+            if known[run.variant].merge in methods.MERGES and not known[run.variant].in_sequence:
+                tables["similarity"] = read_table(similarity, "similarity")
                 figures["similarity"] = partial(plots.similarity, tables["similarity"])
         made.append(
             RunRecord(

@@ -166,7 +166,7 @@ def _methods(config: Mapping[str, Any]) -> None:
         methods.require_known("variants", name, known)
     total = num_experts(config)
     consistency.check_groups(config, known, total)
-    if any(known[name].merge or known[name].parent for name in config["variants"]) and not config["experts"]:
+    if any(known[name].fewer for name in config["variants"]) and not config["experts"]:
         raise ValueError("experts is empty, but variants that merge are configured; say how many experts to keep")
     given = config["model"]
     if any(known[name].dense for name in config["variants"]) and given["checkpoint"] and not given["dense_checkpoint"]:
@@ -187,7 +187,9 @@ def _decoder_only(config: Mapping[str, Any], known: Mapping[str, methods.Method]
                 f"variants names {name!r}, and no dense model is built like one of family {family!r}; name one in "
                 "model.dense_checkpoint, or leave the variant out"
             )
-        drops = known[name].merge in methods.MERGES and methods.MERGES[str(known[name].merge)].drops
+        method = known[name]
+        drops = method.merge in methods.MERGES and methods.MERGES[str(method.merge)].drops
+        drops = drops or method.merge == "ream" or (method.criterion is not None and method.dropped == "delete")
         fewest = min(config["experts"], default=taken)
         if drops and fewest < taken:
             raise ValueError(

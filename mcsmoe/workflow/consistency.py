@@ -183,6 +183,11 @@ def check_groups(config: Mapping[str, Any], known: Mapping[str, Method], total: 
             )
     for name in config["variants"]:
         method = known[name]
+        if method.budget == "predicted" and not method.in_sequence:
+            raise ValueError(
+                f"methods.{name}.budget is 'predicted', which takes a method that reduces layers in sequence; set a "
+                "criterion or refit, or use adaptive or uniform"
+            )
         if method.merge in (None, TASK_SPECIFIC):
             continue
         place = f"methods.{name}.capacity" if method.capacity else "merge.capacity"

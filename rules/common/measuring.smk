@@ -5,6 +5,7 @@ CONFIGURED = [METHODS[variant] for variant in CONFIG["variants"]]
 TASK_SPECIFIC = [
     name for name, method in METHODS.items() if method.merge == methods.TASK_SPECIFIC
 ]
+IN_SEQUENCE = [name for name, method in METHODS.items() if method.in_sequence]
 NEEDED = frozenset().union(*(method.needs for method in CONFIGURED))
 EXTRAS = ["--whiten"] if "input-gram" in NEEDED else []
 LABELS = {made: (variant, experts) for variant, experts, made in evaluated()}
@@ -37,11 +38,32 @@ def labels_of(wildcards):
     return f"{names} --dense" if METHODS[variant].dense else names
 
 
+def budget_input(wildcards):
+    """Routing statistics, where experts are spread over the layers by them."""
+    run = PLACES.run(wildcards.task, wildcards.seed)
+    return [] if METHODS[wildcards.variant].budget == "uniform" else run.statistics
+
+
+def mixture_of(wildcards):
+    """Shares of the domains in the calibration of a method, as a command-line option."""
+    mixture = METHODS[wildcards.variant].mixture
+    return (
+        ""
+        if mixture is None
+        else as_flags({"mixture": json.dumps(dict(mixture), sort_keys=True)})
+    )
+
+
 def evaluation_reference(wildcards):
     """The full model, which a model that predicts texts is compared with."""
     if not is_language(TASKS[wildcards.task]):
         return {}
     return {"reference": PLACES.run(wildcards.task, wildcards.seed).full}
+
+
+def bits_of(wildcards):
+    """Bits that a method rounded weights to, as a command-line option."""
+    return as_flags({"bits": METHODS[LABELS[wildcards.checkpoint][0]].bits})
 
 
 def everything_measured(wildcards):
@@ -67,6 +89,6 @@ def everything_measured(wildcards):
                 trained = checkpoint != methods.FULL or FINETUNED
                 if trained and stage_of(checkpoint).trains:
                     found["training"].append(run.table(checkpoint, "training"))
-                if METHODS[variant].merge is not None:
+                if METHODS[variant].reduces:
                     found["groups"].append(run.groups(variant, experts))
     return {name: sorted(set(paths)) for name, paths in found.items()}

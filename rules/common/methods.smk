@@ -6,7 +6,7 @@ def experts_of(variant):
     method = METHODS[variant]
     if method.dense:
         return [1]
-    if method.merge is None and method.parent is None:
+    if not method.fewer:
         return [EXPERTS_IN_MODEL or 0]
     return CONFIG["experts"]
 

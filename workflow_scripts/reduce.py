@@ -1,0 +1,178 @@
+"""Prune or merge layer after layer, each on what the reduced ones before it give; refit what is left, and round it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mcsmoe import console
+from mcsmoe.workflow import options
+from mcsmoe.workflow.method_options import add_method
+
+if TYPE_CHECKING:
+    from mcsmoe.calibration.layer_major import DomainBatch, Options
+    from mcsmoe.checkpoint.streaming import Streamed
+    from mcsmoe.transform.reduce import Reduced, Reduction
+    from mcsmoe.types import LayerId
+
+EXAMPLE = (
+    "python workflow_scripts/reduce.py --model full --train train.parquet --experts 4 --criterion gram --refit "
+    "--out merged --groups groups.parquet"
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = console.parser(__doc__, EXAMPLE)
+    parser.add_argument("--model", type=Path, required=True, help="the full model")
+    parser.add_argument("--train", type=Path, required=True, help="training examples to draw from")
+    parser.add_argument(
+        "--routing", type=Path, help="routing statistics, for a budget that spreads experts over layers"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which examples and tokens are drawn")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--experts", type=int, required=True, help="experts to keep per layer, on average; 0 keeps all")
+    add_method(parser, ("criterion", "dropped", "novice_rank", "refit", "bits", "merge"))
+    add_method(parser, ("similarity", "grouping", "budget", "linkage", "alignment", "capacity"))
+    parser.add_argument("--mixture", type=json.loads, help="share of each domain in the calibration, JSON; all alike")
+    parser.add_argument("--out", type=Path, required=True, help="written: checkpoint folder")
+    parser.add_argument("--groups", type=Path, required=True, help="written: who was kept, and who answers for whom")
+    options.add_tokens(parser)
+    options.add_section(parser, "data", only=("max_input", "max_label"))
+    options.add_section(parser, "calibration")
+    options.add_section(parser, "merge", only=("exclude_layers",))
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    import tempfile
+
+    import torch
+
+    from mcsmoe.artefacts.tables import frame_of, write_table
+    from mcsmoe.calibration.layer_major import Options
+    from mcsmoe.checkpoint.streaming import Streamed
+    from mcsmoe.device import pick
+    from mcsmoe.transform.layers import SparseLayer
+    from mcsmoe.transform.reduce import Merging, Pruning, Reduction
+    from mcsmoe.transform.refit import Refitting
+    from mcsmoe.transform.rounding import round_layer
+
+    torch.set_num_threads(arguments.threads)
+    source = Streamed(arguments.model)
+    refitting = Refitting() if arguments.refit else None
+    how: Pruning | Merging
+    if arguments.merge is None:
+        how = Pruning(arguments.criterion or "gram", arguments.dropped, arguments.novice_rank)
+    else:
+        how = options.record(Merging, arguments)
+    kept = counts(source, arguments)
+    rows: list[dict[str, Any]] = []
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".reduced-", dir=arguments.out.parent) as folder:
+        settings = Options(device=pick(arguments.device), reservoir=arguments.reservoir, seed=arguments.seed)
+        reduction = Reduction(how, refitting, seed=arguments.seed)
+        found = in_sequence(arguments.model, texts(source, arguments), reduction, kept, settings, Path(folder))
+        for layer, reduced in found.items():
+            rows += reduced.grouping.rows(layer, reduced.share_E)
+
+        def change(layer: LayerId) -> None:
+            here = SparseLayer(source.model, source.adapter, layer)
+            found[layer].install(here)
+            if arguments.bits is not None and layer not in arguments.exclude_layers:
+                round_layer(here, arguments.bits)
+
+        names = ("experts", "criterion", "dropped", "novice_rank", "refit", "bits", "merge", "mixture", "seed")
+        told = {name: getattr(arguments, name) for name in names}
+        source.rewrite(arguments.out, change, {"stage": "reduce", "settings": told, **source.origin})
+    write_table(arguments.groups, frame_of(rows, "groups"), "groups")
+
+
+def in_sequence(
+    model: Path,
+    batches: list[DomainBatch],
+    reduction: Reduction,
+    kept: dict[LayerId, int],
+    settings: Options,
+    work: Path,
+) -> dict[LayerId, Reduced]:
+    """Every layer reduced on what the reduced ones before it give; the pass holds one block in memory."""
+    from mcsmoe.calibration.layer_major import LayerMajor
+    from mcsmoe.calibration.states import States
+    from mcsmoe.checkpoint.streaming import Streamed
+    from mcsmoe.statistics.blend import blend
+    from mcsmoe.transform.layers import SparseLayer
+
+    source, found = Streamed(model), dict[Any, Any]()
+
+    def reduce(layer: LayerId, statistics: Any, tokens: Any) -> None:
+        here = SparseLayer(source.model, source.adapter, layer)
+        found[layer] = reduction.reduce(here, blend(statistics), tokens, kept[layer])
+
+    states = States(work / "states", settings.cache_memory)
+    try:
+        major = LayerMajor(source, batches, states, settings)
+        with major.open():
+            for _ in console.progress(major.blocks(reduce), "reduce"):
+                pass
+    finally:
+        states.close()
+    return found
+
+
+def counts(source: Streamed, arguments: argparse.Namespace) -> dict[LayerId, int]:
+    """By layer the number of experts to keep, all of those of excluded layers."""
+    from mcsmoe.calibration.files import load_statistics
+    from mcsmoe.transform.budget import SPREADS
+    from mcsmoe.types import chosen_layers
+
+    total = {layer: source.adapter.num_experts(source.model, layer) for layer in source.layers}
+    if not arguments.experts:
+        return total
+    free = chosen_layers(source.layers, arguments.exclude_layers)
+    spread = dict.fromkeys(free, arguments.experts)
+    if arguments.budget in SPREADS and arguments.experts < max(total.values()):
+        if arguments.routing is None:
+            raise ValueError(f"budget is {arguments.budget!r}, which takes routing statistics; give --routing")
+        found = load_statistics(arguments.routing, source.lineage)
+        bounds = dict.fromkeys(free, 1)
+        statistics = {layer: found.layers[layer] for layer in free}
+        fewest = int(getattr(source.model.config.get_text_config(), "num_experts_per_tok", 1) or 1)
+        criterion = arguments.criterion or "frequency"
+        spread = SPREADS[arguments.budget](statistics, arguments.experts, criterion, bounds, fewest)
+    return total | spread
+
+
+def texts(source: Streamed, arguments: argparse.Namespace) -> list[DomainBatch]:
+    """Calibration rows of the training examples, of each domain its share where a mixture is given."""
+    from mcsmoe.artefacts.tables import read_table
+    from mcsmoe.calibration.layer_major import DomainBatch
+    from mcsmoe.checkpoint.load import load_tokenizer
+    from mcsmoe.data.collate import domain_batches, tokenize
+    from mcsmoe.data.vocabulary import vocabulary_of
+    from mcsmoe.evaluate.encoding import is_causal
+
+    causal = is_causal(source.model)
+    examples = read_table(arguments.train, "examples")
+    rows = tokenize(
+        examples,
+        load_tokenizer(arguments.model),
+        *(arguments.max_input, arguments.max_label, arguments.tokens),
+        vocabulary=vocabulary_of(source.model),
+        where=arguments.train,
+        causal=causal,
+    )
+    found = domain_batches(
+        rows,
+        examples["group"].tolist(),
+        *(arguments.samples, arguments.batch_size, arguments.seed),
+        mixture=arguments.mixture,
+    )
+    names = ("input_ids", "attention_mask") if causal else ("input_ids", "attention_mask", "labels")
+    # Rows were drawn in the proportions that were asked for, so each token counts once.
+    return [DomainBatch(domain, {name: batch[name] for name in names}) for domain, batch in found]
+
+
+if __name__ == "__main__":
+    console.run(main, parse())
