@@ -82,12 +82,17 @@ MERGES: dict[str, Merge] = {
     "git-rebasin": Merge(weighting="uniform"),
     "repair": Merge(needs=_TOKENS, weighting="uniform"),
     "zipit": Merge(needs=_TOKENS, weighting="uniform"),
+    "zipit-frequency": Merge(needs=_TOKENS),
     "zipit-weight": Merge(weighting="uniform"),
 }
 """Merge methods by name."""
 
-MERGES_ON_TOKENS = ("ream", "mergemoe")
-"""Merges of layers in sequence alone, on the tokens that reach each (``mcsmoe.transform.merge_on_tokens``)."""
+MERGES_ON_TOKENS: dict[str, Merge] = {
+    "ream": Merge(importance="saliency", drops=True, budget="uniform"),
+    "mergemoe": Merge(budget="uniform"),
+    "gram": Merge(weighting="leader", drops=True, budget="uniform"),
+}
+"""Those that look at all tokens of a layer in its turn, so that ``mcsmoe merge`` alone has them."""
 
 CHOICES = {
     "similarity": tuple(SIMILARITIES),
@@ -115,6 +120,18 @@ CHOICES["criterion"] = tuple(CRITERIA)
 
 PRUNING_BUDGETS = ("uniform", "predicted", "adaptive")
 """How the number of kept experts is spread over the layers."""
+
+AUTO = "auto"
+"""In place of a criterion or a budget: the one that loses least on held-out calibration rows."""
+
+TRIED_CRITERIA = ("gram", "mass", "reap")
+"""What ``auto`` tries: each was the best of all on some model, number of experts or refit."""
+
+TRIED_BUDGETS = ("uniform", "predicted")
+"""What ``auto`` tries, the first of them while it tries criteria."""
+
+HEALED = ("routers", "experts", "adapters", "all")
+"""What ``mcsmoe recover`` can train."""
 
 TASK_SPECIFIC = "task-specific"
 """In place of a merge method: experts are pruned while the base model is fine-tuned, not merged afterwards."""
@@ -260,6 +277,9 @@ _IN_SEQUENCE = replace(BUILTIN["msmoe"], alignment="none", recover=False, budget
 PRESETS: dict[str, Method] = {
     **{name: method for name, method in BUILTIN.items() if method.merge in MERGES},
     **{name: replace(_IN_SEQUENCE, name=name, description=about, merge=name) for name, about in _ON_TOKENS.items()},
+    "gram": replace(
+        _IN_SEQUENCE, name="gram", description="the set whose loss changes outputs least is deleted", merge="gram"
+    ),
 }
 """What ``mcsmoe merge --method`` takes beside the merge methods: every setting at once, as published."""
 

@@ -209,7 +209,7 @@ def test_permuted_copies_of_one_expert_merge_into_it_in_the_order_of_the_dominan
     assert difference(METHODS["uniform"](inputs(copies)).weights, copies.select(GROUPING.dominant)) > 0.5
 
 
-@pytest.mark.parametrize("method", ["git-rebasin", "repair", "zipit", "zipit-weight"])
+@pytest.mark.parametrize("method", ["git-rebasin", "repair", "zipit", "zipit-frequency", "zipit-weight"])
 def test_the_order_of_neurons_in_experts_other_than_the_leader_does_not_matter(method: str) -> None:
     weights = experts("gated", width=6)
     order_EF = orders(6, 6)

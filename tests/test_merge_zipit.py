@@ -109,7 +109,7 @@ def test_equal_similarities_join_the_lowest_neurons(rule: Rule) -> None:
 
 # -- what is computed ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", ["zipit", "zipit-weight"])
+@pytest.mark.parametrize("method", ["zipit", "zipit-frequency", "zipit-weight"])
 def test_permuted_copies_come_together_again(method: str, layout: str) -> None:
     one = experts(layout, count=1)
     copies = apply_permutation(one.select(ONE_GROUP), orders(3, 12))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mcsmoe.refit.ridge import Block, RefitBatch, refit, squared_error
+from mcsmoe.refit.ridge import RIDGES, Block, RefitBatch, refit
 
 D, P, B, T = 6, 5, 4, 300
 
@@ -61,7 +61,7 @@ def by_lstsq(blocks: list[Block], batches: list[RefitBatch], ridge: float) -> li
 @pytest.mark.parametrize("ridge", [1e-3, 0.1])
 def test_many_sweeps_reach_the_joint_least_squares(ridge: float) -> None:
     blocks, batches, *_ = case()
-    found = refit(blocks, batches, ridge, sweeps=200)
+    found = refit(blocks, batches, ridges=(ridge,), sweeps=200)
     for weight_DP, wanted in zip(found.weights, by_lstsq(blocks, batches, ridge), strict=True):
         np.testing.assert_allclose(weight_DP.numpy(), wanted, rtol=1e-8, atol=1e-9)
 
@@ -78,7 +78,7 @@ def test_one_block_is_solved_in_one_sweep() -> None:
         )
         for batch in batches
     ]
-    found = refit(blocks[:1], alone, 0.05, sweeps=1)
+    found = refit(blocks[:1], alone, ridges=(0.05,), sweeps=1)
     inputs = torch.cat([batch.inputs_TD for batch in batches])
     matrix = (0.7 * blocks[0].features(inputs)).numpy()
     mu = 0.05 * (matrix**2).sum(axis=0).mean()
@@ -89,18 +89,73 @@ def test_one_block_is_solved_in_one_sweep() -> None:
     np.testing.assert_allclose(found.weights[0].numpy(), wanted, rtol=1e-9)
 
 
+def error_of(blocks: list[Block], batches: list[RefitBatch], weights: list[Tensor]) -> float:
+    matrix, target = design(blocks, batches)
+    stacked = np.concatenate([weight_DP.double().numpy().T for weight_DP in weights])
+    return float(((target - matrix @ stacked) ** 2).sum())
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_error_never_rises(seed: int, dtype: torch.dtype) -> None:
     blocks, batches, *_ = case(seed, dtype)
-    errors = [refit(blocks, batches, 0.1, sweeps) for sweeps in (1, 2, 3)]
-    assert errors[0].before >= errors[0].after
-    start = squared_error(blocks, batches, [block.weight_DP for block in blocks])
-    assert errors[0].before == pytest.approx(start, rel=1e-5)
-    for found in errors:
-        assert squared_error(blocks, batches, found.weights) == pytest.approx(found.after, rel=1e-4)
-        assert found.after <= found.before
-    assert all(weight_DP.dtype == dtype for weight_DP in errors[0].weights)
+    held = case(seed + 100, dtype)[1]
+    start = [block.weight_DP for block in blocks]
+    for given in ({"ridges": (0.1,)}, {"held": held}, {"held": held, "ridges": (1e-6, 10.0)}):
+        errors = [refit(blocks, batches, **given, sweeps=sweeps) for sweeps in (1, 2, 3)]  # type: ignore
+        assert errors[0].before == pytest.approx(error_of(blocks, batches, start), rel=1e-5)
+        for found in errors:
+            assert found.after <= found.before
+            assert error_of(blocks, batches, found.weights) == pytest.approx(found.after, rel=1e-4)
+            if "held" in given:
+                assert error_of(blocks, held, start) == pytest.approx(found.held_before, rel=1e-5)
+                assert error_of(blocks, held, found.weights) == pytest.approx(found.held_after, rel=1e-4)
+        assert all(weight_DP.dtype == dtype for weight_DP in errors[0].weights)
+
+
+def noisy(tokens: int, seed: int) -> tuple[list[Block], RefitBatch]:
+    """One block that all tokens choose; targets are those of other projections, with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs_TP = torch.randn(tokens, 20, generator=generator, dtype=torch.float64)
+    start_DP = torch.zeros(D, 20, dtype=torch.float64)
+    truth_DP = torch.randn(D, 20, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    target_TD = inputs_TP @ truth_DP.T + 4 * torch.randn(tokens, D, generator=generator, dtype=torch.float64)
+    block_T1 = torch.zeros(tokens, 1, dtype=torch.int64)
+    ones_T1 = torch.ones(tokens, 1, dtype=torch.float64)
+    return [Block(lambda x_NP: x_NP, start_DP)], RefitBatch.of(inputs_TP, target_TD, block_T1, ones_T1, 1)
+
+
+@pytest.mark.parametrize("tokens", [25, 100, 3000])
+@pytest.mark.parametrize("seed", range(4))
+def test_held_out_tokens_choose_the_ridge(tokens: int, seed: int) -> None:
+    """One block is solved for exactly in every sweep, so trying all candidates one by one is the truth."""
+    candidates = (1.0, 0.1, 1e-4)
+    blocks, fitted = noisy(tokens, seed)
+    held = [noisy(500, seed + 50)[1]]
+    alone = {ridge: refit(blocks, [fitted], held, (ridge,)) for ridge in candidates}
+    found = refit(blocks, [fitted], held, candidates)
+    best = min(candidates, key=lambda ridge: alone[ridge].held_after)
+    assert found.ridge == best
+    assert found.held_after == pytest.approx(alone[best].held_after)
+    assert torch.allclose(found.weights[0], alone[best].weights[0])
+    assert found.ridge >= 0.1 or tokens > 25
+
+
+def test_without_held_out_tokens_the_strongest_ridge_is_taken() -> None:
+    blocks, batches, *_ = case()
+    found = refit(blocks, batches)
+    assert found.ridge == max(RIDGES)
+    assert found.helps
+
+
+def test_held_out_tokens_say_whether_it_helps() -> None:
+    blocks, fitted = noisy(22, 1)
+    none_DP = blocks[0].weight_DP
+    held = RefitBatch.of(
+        fitted.inputs_TD, fitted.inputs_TD @ none_DP.T, fitted.token_N[:, None] * 0, fitted.gate_N[:, None], 1
+    )
+    assert not refit(blocks, [fitted], [held]).helps
+    assert refit(blocks, [fitted]).helps
 
 
 def test_where_nothing_can_be_won_everything_stays() -> None:
@@ -167,7 +222,7 @@ def test_a_fixed_part_is_left_out_of_what_is_solved() -> None:
 def test_what_cannot_be_is_refused() -> None:
     blocks, batches, *_ = case()
     with pytest.raises(ValueError, match="layer 'x': the ridge is 0"):
-        refit(blocks, batches, 0.0, layer="x")
+        refit(blocks, batches, ridges=(0.1, 0.0), layer="x")
     with pytest.raises(ValueError, match="0 sweeps; give at least 1"):
         refit(blocks, batches, sweeps=0)
     batches[0].target_TD[0, 0] = torch.nan

@@ -124,6 +124,7 @@ def in_sequence(
 def counts(source: Streamed, arguments: argparse.Namespace) -> dict[LayerId, int]:
     """By layer the number of experts to keep, all of those of excluded layers."""
     from mcsmoe.calibration.files import load_statistics
+    from mcsmoe.criteria.quadratic import Limits
     from mcsmoe.transform.budget import SPREADS
     from mcsmoe.types import chosen_layers
 
@@ -136,7 +137,7 @@ def counts(source: Streamed, arguments: argparse.Namespace) -> dict[LayerId, int
         if arguments.routing is None:
             raise ValueError(f"budget is {arguments.budget!r}, which takes routing statistics; give --routing")
         found = load_statistics(arguments.routing, source.lineage)
-        bounds = dict.fromkeys(free, 1)
+        bounds = {layer: Limits.none(total[layer]) for layer in free}
         statistics = {layer: found.layers[layer] for layer in free}
         fewest = int(getattr(source.model.config.get_text_config(), "num_experts_per_tok", 1) or 1)
         criterion = arguments.criterion or "frequency"

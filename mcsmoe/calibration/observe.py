@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mcsmoe.adapters.fused_layout import FamilyActivation, Layout, is_stacked_experts, scales_inputs
+from mcsmoe.adapters.places import experts_of
 from mcsmoe.modules import RedirectedExperts, ScaledInputRedirectedExperts
 from mcsmoe.statistics.outputs import ChosenOutputs
 from mcsmoe.types import LayerId, RoutedBatch
 
-_FIRST = "expert_0"
 _COMBINED = 1024  # tokens whose outputs are weighted and summed at once
 
 
@@ -82,14 +82,6 @@ class Observation:
         row_TU = (present_TU.t().flatten().cumsum(0) - 1).view(units, tokens).t().clamp(min=0)
         row_TK = row_TU.gather(1, unit_TK.clamp(max=units - 1))
         return rows_ND[row_TK.flatten()].view(*chosen_TK.shape, width)
-
-
-def experts_of(layer: nn.Module) -> nn.Module | None:
-    """The module inside a sparse layer that computes its experts, if it can be observed."""
-    for module in layer.modules():
-        if isinstance(module, RedirectedExperts) or is_stacked_experts(module) or _FIRST in module._modules:
-            return module
-    return None
 
 
 def _number_of(experts: Any) -> int:

@@ -23,6 +23,15 @@ Saved = Callable[[str], Any]
 """By stack, what its last block gave for the batch that runs."""
 
 
+_ROUTER_LOGITS = "output_router_logits"
+
+
+def _configs(model: Any) -> list[Any]:
+    """The configurations of a model and of its parts, each once."""
+    found = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(one): one for one in found if one is not None}.values())
+
+
 class _Halt(BaseException):
     """Ends a forward pass; no ``Exception``, so that no model code takes it for its own."""
 
@@ -90,9 +99,15 @@ class Replay:
         hook = head.register_forward_pre_hook(self._at_the_end) if isinstance(head, nn.Module) else None
         for path, block in blocks.items():
             block.forward = self._wrapped(path, block.forward)
+        # A balance loss over the router logits of all layers has none to look at where blocks are passed over.
+        balanced = [one for one in _configs(self.model) if getattr(one, _ROUTER_LOGITS, False)]
+        for one in balanced:
+            setattr(one, _ROUTER_LOGITS, False)
         try:
             yield self
         finally:
+            for one in balanced:
+                setattr(one, _ROUTER_LOGITS, True)
             for block in blocks.values():
                 del block.forward
             if hook is not None:

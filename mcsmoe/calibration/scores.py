@@ -86,48 +86,65 @@ def _ready(
         major = LayerMajor(source, domains, states, options, done=source.layers)
         total = sum(len(blocks) for blocks in major.replay.stacks.values())
 
-        def logits(number: int, row: int) -> Tensor:
-            count = given[number]["input_ids"].shape[0]
-            inputs = {name: tensor[row : row + 1] for name, tensor in major.inputs(number).items()}
-
-            def saved(stack: str) -> Any:
-                def own(leaf: Any) -> Any:
-                    batched = isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[0] == count
-                    return leaf[row : row + 1] if batched else leaf
-
-                return _pytree.tree_map(own, major.saved(number)(stack))
-
-            found: Tensor = major.replay.rest(inputs, saved).logits[0]
-            return found
-
         try:
             with major.open():
                 for _ in progress(major.blocks(to_the_end=True), what, total=total):
                     pass
-                yield logits
+                yield lambda number, row: _logits(major, number, row)
         finally:
             states.close()
 
 
-def _scores(mine_SV: Tensor, other_SV: Tensor | None, batch: Batch, row: int, source: Streamed) -> dict[str, Any]:
-    device = mine_SV.device
+def row_nats(major: LayerMajor, wanted: Callable[[int], bool]) -> Iterator[tuple[float, int]]:
+    """Nats and predicted tokens of the calibration rows whose number is ``wanted``, when all went through all blocks."""
+    number = 0
+    for batch, given in enumerate(major.batches):
+        for row in range(given.inputs["input_ids"].shape[0]):
+            if wanted(number):
+                own_NV, target_N = _predictions(_logits(major, batch, row), given.inputs, row, major.source)
+                yield float(-own_NV.gather(1, target_N[:, None]).sum(dtype=torch.float64)), len(target_N)
+            number += 1
+
+
+def _logits(major: LayerMajor, number: int, row: int) -> Tensor:
+    """[positions, V]: logits of one row of one batch."""
+    count = major.batches[number].inputs["input_ids"].shape[0]
+    inputs = {name: tensor[row : row + 1] for name, tensor in major.inputs(number).items()}
+
+    def saved(stack: str) -> Any:
+        def own(leaf: Any) -> Any:
+            batched = isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[0] == count
+            return leaf[row : row + 1] if batched else leaf
+
+        return _pytree.tree_map(own, major.saved(number)(stack))
+
+    found: Tensor = major.replay.rest(inputs, saved).logits[0]
+    return found
+
+
+def _predictions(logits_SV: Tensor, batch: Batch, row: int, source: Streamed) -> tuple[Tensor, Tensor]:
+    """Log probabilities [N, V] at the positions that predict a token of one row, and these tokens [N]."""
+    device = logits_SV.device
     if source.model.config.is_encoder_decoder:
         target_S, predicted = batch["labels"][row].to(device), slice(None)
         keep_S = target_S != IGNORED
     else:
-        target_S = batch["input_ids"][row, 1:].to(device)
-        keep_S, predicted = batch["attention_mask"][row, 1:].to(device) > 0, slice(0, -1)
-    target_N = target_S[keep_S]
-    own_NV = functional.log_softmax(mine_SV[predicted][keep_S].float(), dim=-1)
+        target_S, predicted = batch["input_ids"][row, 1:].to(device), slice(0, -1)
+        keep_S = batch["attention_mask"][row, 1:].to(device) > 0
+    return functional.log_softmax(logits_SV[predicted][keep_S].float(), dim=-1), target_S[keep_S]
+
+
+def _scores(mine_SV: Tensor, other_SV: Tensor | None, batch: Batch, row: int, source: Streamed) -> dict[str, Any]:
+    own_NV, target_N = _predictions(mine_SV, batch, row, source)
     nats = -own_NV.gather(1, target_N[:, None]).sum(dtype=torch.float64)
-    made = {"tokens": int(keep_S.sum()), "nats": float(nats)}
+    made = {"tokens": len(target_N), "nats": float(nats)}
     if other_SV is None:
         return made | dict.fromkeys(("reference_nats", "divergence", "agreement"), float("nan"))
     if other_SV.shape[-1] != mine_SV.shape[-1]:
         raise ValueError(
             f"the reference predicts {other_SV.shape[-1]} tokens, the model {mine_SV.shape[-1]}; give the model it came from"
         )
-    full_NV = functional.log_softmax(other_SV[predicted][keep_S].float(), dim=-1)
+    full_NV, _ = _predictions(other_SV, batch, row, source)
     gap_N = (full_NV.exp() * (full_NV - own_NV).masked_fill(full_NV == -torch.inf, 0.0)).sum(dim=1, dtype=torch.float64)
     return made | {
         "reference_nats": float(-full_NV.gather(1, target_N[:, None]).sum(dtype=torch.float64)),

@@ -16,6 +16,11 @@ from mcsmoe.types import RoutedBatch
 _HELD_OUT = 10  # every tenth row is for judging, not for fitting
 
 
+def is_held_out(row: int) -> bool:
+    """Whether calibration row number ``row`` is for judging alone."""
+    return row % _HELD_OUT == _HELD_OUT - 1
+
+
 @dataclass(frozen=True)
 class LayerBatch:
     """Valid tokens of some calibration rows in one layer, and what its original experts made of them."""

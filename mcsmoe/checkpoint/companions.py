@@ -12,7 +12,10 @@ from mcsmoe.artefacts.tensors import INDEX
 from mcsmoe.checkpoint.lineage import PROVENANCE
 from mcsmoe.console import log
 
-_OURS = ("config.json", INDEX, PROVENANCE, SUMS, "groups.parquet", "experts.json")
+_OURS = (
+    *("config.json", INDEX, PROVENANCE, SUMS, "groups.parquet", "experts.json"),
+    *("candidates.json", "domains.json", "sizes.json"),
+)
 # What quantisers write beside a model; config.json says the same, and is kept true of a result.
 _SETTINGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 _WEIGHTS = (

@@ -61,6 +61,40 @@ def shares(files: list[DomainFile], samples: int) -> list[int]:
     return [max(1, round(samples * (one.weight or 1.0) / total)) for one in files]
 
 
+MAX_MIN = "max-min"
+
+
+def given_weights(text: str | None, names: list[str]) -> dict[str, float] | None:
+    """Shares of the tokens by domain, from ``A=.5,B=.5``; None where there is no such text, or it is ``max-min``.
+
+    Raises:
+        ValueError: another form, domains that are not those of ``names``, a negative weight, or nothing but zeros.
+    """
+    if text is None or text == MAX_MIN:
+        if text == MAX_MIN and len(names) < 2:
+            raise ValueError(f"--domains is {MAX_MIN}, but there is one domain alone, {names[0]!r}; give two or more")
+        return None
+    made: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            made[name.strip()] = float(weight)
+        except ValueError as error:
+            raise ValueError(
+                f"--domains has {part!r}, which is no DOMAIN=WEIGHT; give one for each of {names}, or {MAX_MIN}"
+            ) from error
+    for name in sorted(set(made) ^ set(names)):
+        raise ValueError(
+            f"--domains has {'no weight for' if name in names else 'a weight for'} {name!r}; the domains are {names}"
+        )
+    for name, value in made.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"--domains gives {name!r} the weight {value}; give 0 or more")
+    if not sum(made.values()):
+        raise ValueError("--domains gives every domain the weight 0; give one of them more")
+    return made
+
+
 def domains(source: Streamed, arguments: argparse.Namespace) -> list[Domain]:
     """The rows of all files that ``--calibration`` names, in batches of one domain each."""
     from mcsmoe.calibration.collect import Domain

@@ -10,11 +10,19 @@ from mcsmoe.console import log
 GROUPS = "groups.parquet"
 """Who led whom: beside the weights of every merged checkpoint."""
 
+EXPERTS = "experts.json"
+"""Which experts each layer kept: what other tools read."""
+
 
 def copy_groups(source: Path, out: Path) -> None:
     """The groups of the checkpoint that was read belong to the one that was written too."""
+    copy_beside(GROUPS, source, out)
+
+
+def copy_beside(name: str, source: Path, out: Path) -> None:
+    """A file of ``source``, if it is there, belongs to ``out`` too."""
     with suppress(FileNotFoundError):
-        (out / GROUPS).write_bytes((source / GROUPS).read_bytes())
+        (out / name).write_bytes((source / name).read_bytes())
 
 
 def say_size(source: Path, out: Path, first: str = "") -> None:

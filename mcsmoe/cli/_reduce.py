@@ -7,6 +7,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,26 @@ import torch
 from torch import Tensor
 
 from mcsmoe.artefacts.tables import frame_of, write_table
-from mcsmoe.calibration.files import load_tensors, save_tensors
-from mcsmoe.calibration.layer_major import DomainBatch, LayerMajor
-from mcsmoe.calibration.states import States
-from mcsmoe.calibration.tokens import LayerTokens
+from mcsmoe.checkpoint.quantised.settings import settings_of
 from mcsmoe.checkpoint.slicing import leave_experts
 from mcsmoe.checkpoint.streaming import Streamed
-from mcsmoe.cli._calibration import statistics
-from mcsmoe.cli._domains import domains
-from mcsmoe.cli._outputs import GROUPS, say_size
+from mcsmoe.cli._calibrated import Calibrated
+from mcsmoe.cli._domains import MAX_MIN
+from mcsmoe.cli._outputs import EXPERTS, GROUPS, say_size
 from mcsmoe.cli.options import pass_options
 from mcsmoe.console import log, progress
 from mcsmoe.criteria.quadratic import Limits
 from mcsmoe.criteria.scores import CriterionInputs, super_experts
-from mcsmoe.statistics.blend import blend
-from mcsmoe.statistics.layer import LayerStatistics
+from mcsmoe.export.packed import Packing, pack_folder
 from mcsmoe.transform.budget import SPREADS
+from mcsmoe.transform.domains import max_min, slim
+from mcsmoe.transform.in_sequence import Shelf, reduced_in_sequence
 from mcsmoe.transform.layers import SparseLayer
-from mcsmoe.transform.reduce import Reduced, Reduction
+from mcsmoe.transform.reduce import Reduction
 from mcsmoe.types import Grouping, LayerId
 
-EXPERTS = "experts.json"
-"""Which experts each layer kept: what other tools read."""
+DOMAINS = "domains.json"
+"""How ``max-min`` weighs the domains, and the error predicted for each."""
 
 
 def kept_number(arguments: argparse.Namespace, experts: Mapping[LayerId, int], sets: Mapping[LayerId, int]) -> int:
@@ -45,7 +44,9 @@ def kept_number(arguments: argparse.Namespace, experts: Mapping[LayerId, int], s
         ValueError: neither or both are given, or a number out of range; names the option and what would do.
     """
     if (arguments.experts is None) == (arguments.remove is None):
-        raise ValueError("give either --experts, the number to keep in a layer, or --remove, the share to leave out")
+        raise ValueError(
+            "give either --experts, the number to keep in a layer, or --remove, the share to leave out (or --target-size)"
+        )
     fewest = min(experts.values())
     if arguments.remove is not None:
         if not 0 <= arguments.remove < 1:
@@ -60,7 +61,11 @@ def kept_number(arguments: argparse.Namespace, experts: Mapping[LayerId, int], s
 
 
 def counts(
-    source: Streamed, arguments: argparse.Namespace, deletes: bool, criterion: str = "frequency"
+    calibrated: Calibrated,
+    deletes: bool,
+    criterion: str = "frequency",
+    budget: str | None = None,
+    limits: Mapping[LayerId, Limits] | None = None,
 ) -> dict[LayerId, int]:
     """By layer the number of experts to keep, checked against what its router can do without the others.
 
@@ -70,7 +75,9 @@ def counts(
     Raises:
         ValueError: a number that a layer cannot have; names the layer and the remedy, before any work.
     """
+    source, arguments = calibrated.source, calibrated.arguments
     model, adapter = source.model, source.adapter
+    budget = arguments.budget if budget is None else budget
     experts = {layer: adapter.num_experts(model, layer) for layer in source.layers}
     sets = {layer: adapter.expert_sets(model, layer) if deletes else 1 for layer in source.layers}
     kept = kept_number(arguments, experts, sets)
@@ -81,65 +88,73 @@ def counts(
     for layer in source.layers:
         if deletes and kept < experts[layer]:
             adapter.check_dropping(model, layer, kept)
-    if arguments.budget == "uniform":
+    if budget not in SPREADS:
         return {layer: experts[layer] if layer in excluded else kept for layer in source.layers}
-    found = statistics(source, _without_domains(arguments))
     free = [layer for layer in source.layers if layer not in excluded]
-    if deletes:
-        fewest = max(fewest, *(_least(source, layer, fewest, kept, sets[layer]) for layer in free), 1)
-    spread = SPREADS[arguments.budget]({layer: found.layers[layer] for layer in free}, kept, criterion, sets, fewest)
+    fewest = least_fewest(calibrated, deletes, kept)
+    bounds = all_limits(calibrated, deletes, limits or {})
+    spread = SPREADS[budget](calibrated.layers(free), kept, criterion, bounds, fewest)
     made = {layer: experts[layer] if layer in excluded else spread[layer] for layer in source.layers}
     for layer in source.layers:
-        log.info("%s: %d of %d experts by the %s budget", layer, made[layer], experts[layer], arguments.budget)
+        log.info("%s: %d of %d experts by the %s budget", layer, made[layer], experts[layer], budget)
         if deletes and made[layer] < experts[layer]:
             adapter.check_dropping(model, layer, made[layer])
     return made
 
 
-def _least(source: Streamed, layer: LayerId, fewest: int, kept: int, step: int) -> int:
-    """The least number of experts, from ``fewest`` to ``kept``, that the router of ``layer`` can choose among alone.
+def least_fewest(calibrated: Calibrated, deletes: bool, most: int | None = None) -> int:
+    """The fewest experts that every layer must keep: ``--fewest``, and enough for its router to choose from alone.
 
     A token takes a fixed number of experts, so a layer cannot be left with fewer.
+
+    Args:
+        most: no more than that many.
     """
-    for count in range(-(-fewest // step) * step, kept, step):
-        with contextlib.suppress(ValueError):
-            source.adapter.check_dropping(source.model, layer, count)
-            return count
-    return kept
+    source, arguments = calibrated.source, calibrated.arguments
+    fewest = max(getattr(arguments, "fewest", 1), 1)
+    if not deletes:
+        return fewest
+    for layer in source.layers:
+        step = source.adapter.expert_sets(source.model, layer)
+        end = source.adapter.num_experts(source.model, layer) if most is None else most
+        for count in range(-(-fewest // step) * step, end, step):
+            with contextlib.suppress(ValueError):
+                source.adapter.check_dropping(source.model, layer, count)
+                fewest = count
+                break
+        else:
+            fewest = end
+    return fewest
 
 
-def _without_domains(arguments: argparse.Namespace) -> argparse.Namespace:
-    """The arguments as ``statistics`` takes them: one file of text."""
-    given = arguments.calibration
-    if given is not None and len(given) > 1:
-        raise ValueError(
-            f"--budget {arguments.budget} takes one file of text, not {len(given)} domains; collect their statistics "
-            "with mcsmoe collect and give --statistics, or use --budget uniform"
-        )
-    more = {"calibration": given[0].file if given else None, "save_statistics": None}
-    return argparse.Namespace(**(vars(arguments) | more))
+def all_limits(calibrated: Calibrated, deletes: bool, limits: Mapping[LayerId, Limits]) -> dict[LayerId, Limits]:
+    """``limits`` with those of layers of which nothing is said: as many experts of each set that a router chooses among."""
+    source, made = calibrated.source, {}
+    for layer in source.layers:
+        sets = source.adapter.expert_sets(source.model, layer) if deletes else 1
+        made[layer] = limits.get(layer, _bare(source.adapter.num_experts(source.model, layer), sets))
+    return made
 
 
-def limits(source: Streamed, arguments: argparse.Namespace) -> dict[LayerId, Limits]:
+def limits(calibrated: Calibrated) -> dict[LayerId, Limits]:
     """By layer which experts ``--protect`` and ``--drop`` name; layers without any are left out.
 
     Raises:
         ValueError: a file that does not list experts by layer, or a layer or expert that the model does not have.
     """
+    source, arguments = calibrated.source, calibrated.arguments
     experts = {layer: source.adapter.num_experts(source.model, layer) for layer in source.layers}
     made: dict[LayerId, Limits] = {}
 
     def mark(option: str, layer: LayerId, chosen: list[int]) -> None:
         if layer not in made:
-            sets = source.adapter.expert_sets(source.model, layer)
-            no_E = torch.zeros(experts[layer], dtype=torch.bool)
-            made[layer] = Limits(no_E, no_E.clone(), torch.arange(experts[layer]) // (experts[layer] // sets))
+            made[layer] = _bare(experts[layer], source.adapter.expert_sets(source.model, layer))
         marked_E = made[layer].protected_E if option == "--protect" else made[layer].dropped_E
         marked_E[chosen] = True
 
     for option, given in (("--protect", arguments.protect), ("--drop", arguments.drop)):
         if option == "--protect" and given == "super":
-            found = statistics(source, _without_domains(arguments)).layers
+            found = calibrated.layers(source.layers)
             largest = {layer: CriterionInputs(layer, found[layer]).outputs.largest_norm_E for layer in source.layers}
             for layer, outlying_E in super_experts(largest).items():
                 chosen = outlying_E.nonzero()[:, 0].tolist()
@@ -150,6 +165,12 @@ def limits(source: Streamed, arguments: argparse.Namespace) -> dict[LayerId, Lim
             for layer, chosen in _listed(option, Path(given), experts).items():
                 mark(option, layer, chosen)
     return made
+
+
+def _bare(experts: int, sets: int) -> Limits:
+    """That as many experts of each of ``sets`` consecutive sets are kept, and nothing else."""
+    no_E = torch.zeros(experts, dtype=torch.bool)
+    return Limits(no_E, no_E.clone(), torch.arange(experts) // (experts // sets))
 
 
 def _listed(option: str, file: Path, experts: Mapping[LayerId, int]) -> dict[LayerId, list[int]]:
@@ -177,19 +198,25 @@ def check_whole(source: Streamed) -> None:
 
 
 def reduce_checkpoint(
-    source: Streamed,
-    arguments: argparse.Namespace,
+    calibrated: Calibrated,
     reduction: Reduction,
     counts: Mapping[LayerId, int],
     provenance: Mapping[str, Any],
+    ready: Shelf | None = None,
+    pages: Mapping[str, Any] | None = None,
+    packing: Packing | None = None,
 ) -> None:
     """Reduce every layer to its number of experts, and write the result with who was kept and who answers for whom.
 
     With ``--calibration`` layers are reduced in sequence, each on what the reduced ones before it give; with
     ``--statistics`` from these alone, one layer in memory at a time.
+
+    Args:
+        ready: layers that are reduced already, as ``reduction`` and ``counts`` say.
+        pages: further JSON files for the result, by name.
+        packing: in how many bits experts are stored in the end; None: as they were.
     """
-    if (arguments.calibration is None) == (arguments.statistics is None):
-        raise ValueError("layers are reduced by what they do on text: give --calibration FILE, or --statistics DIR")
+    source, arguments = calibrated.source, calibrated.arguments
     rows: list[dict[str, Any]] = []
     kept: dict[LayerId, Grouping] = {}
 
@@ -201,7 +228,10 @@ def reduce_checkpoint(
     def extra(folder: Path) -> None:
         write_table(folder / GROUPS, frame_of(rows, "groups"), "groups")
         listed = {layer: {"experts": one.num_experts, "kept": one.dominant.tolist()} for layer, one in kept.items()}
-        (folder / EXPERTS).write_text(json.dumps({"layers": listed}, indent=2) + "\n")
+        for name, page in {EXPERTS: {"layers": listed}, **(pages or {})}.items():
+            (folder / name).write_text(json.dumps(page, indent=2) + "\n")
+        if packing is not None:
+            pack_folder(folder, packing)
 
     whole = {layer: SparseLayer(source.model, source.adapter, layer) for layer in source.layers}
 
@@ -217,82 +247,90 @@ def reduce_checkpoint(
         if not reduction.selects or not leave_experts(source, arguments.out, staying, provenance, extra):
             source.rewrite(arguments.out, change, provenance, progress(source.layers, "write"), extra)
 
-    if arguments.statistics is not None:
-        found = statistics(source, arguments).layers
+    def write(shelf: Shelf) -> None:
+        def install(layer: LayerId) -> None:
+            if layer in shelf:
+                shelf.get(layer).install(whole[layer])
+
+        written(select if reduction.selects else install)
+
+    if not calibrated.has_rows:
 
         def reduce(layer: LayerId) -> None:
-            made = reduction.reduce(whole[layer], found[layer], None, counts[layer])
+            made = reduction.reduce(whole[layer], calibrated.statistics(layer), None, counts[layer])
             note(layer, made.grouping, made.share_E)
 
         for layer in source.layers if reduction.selects else ():
-            grouping = reduction.selection(whole[layer], found[layer], counts[layer])
+            grouping = reduction.selection(whole[layer], calibrated.statistics(layer), counts[layer])
             note(layer, grouping, grouping.leads().double())
         written(select if reduction.selects else reduce)
+    elif ready is not None:
+        for layer in ready:
+            reduced = ready.described(layer)
+            note(layer, reduced.grouping, reduced.share_E)
+        write(ready)
     else:
-        beside = arguments.out.resolve().parent
-        beside.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".reduced-", dir=beside) as name:
-            shelf = Shelf(Path(name))
-            for layer, reduced in _in_sequence(source, arguments, reduction, counts, Path(name)):
+        with workspace(arguments) as work:
+            shelf = Shelf(work / "layers")
+            settings = pass_options(arguments)
+            texts = calibrated.texts()
+            for layer, reduced in reduced_in_sequence(source.folder, texts, reduction, counts, settings, work):
                 note(layer, reduced.grouping, reduced.share_E)
                 if not reduction.selects:
                     shelf.put(layer, reduced)
-
-            def install(layer: LayerId) -> None:
-                if layer in shelf:
-                    shelf.get(layer).install(whole[layer])
-
-            written(select if reduction.selects else install)
+            write(shelf)
     say_size(source.folder, arguments.out)
 
 
-def _in_sequence(
-    source: Streamed, arguments: argparse.Namespace, reduction: Reduction, counts: Mapping[LayerId, int], work: Path
-) -> Iterator[tuple[LayerId, Reduced]]:
-    """Each layer reduced on the states that the reduced layers before it give; one block in memory at a time."""
-    taken = domains(source, arguments)
-    weights = None if taken[0].weight is None else {one.name: one.weight or 0.0 for one in taken}
-    # A copy of its own: the layers of ``source`` stay as the files say, for what is written.
-    whole = Streamed(source.folder)
-    seq2seq = bool(whole.model.config.is_encoder_decoder)
-    batches = [
-        DomainBatch(one.name, {name: batch[name] for name in batch if seq2seq or name != "labels"})
-        for one in taken
-        for batch in one.batches
-    ]
-    done: list[tuple[LayerId, Reduced]] = []
+def packing(source: Streamed, arguments: argparse.Namespace, deletes: bool) -> Packing | None:
+    """How ``--bits`` stores the experts of the result; None without it.
 
-    def reduce(layer: LayerId, found: Mapping[str, LayerStatistics], tokens: LayerTokens) -> None:
-        sparse = SparseLayer(whole.model, whole.adapter, layer)
-        done.append((layer, reduction.reduce(sparse, blend(found, weights), tokens, counts[layer])))
-
-    options = pass_options(arguments)
-    states = States(work / "states", options.cache_memory)
-    try:
-        major = LayerMajor(whole, batches, states, options)
-        with major.open():
-            for _ in major.blocks(reduce):
-                while done:
-                    yield done.pop(0)
-    finally:
-        states.close()
+    Raises:
+        ValueError: the result will be no stock checkpoint, or its experts cannot be packed; names the option.
+    """
+    if arguments.bits is None:
+        if arguments.group_size is not None:
+            raise ValueError("--group-size is of --bits, which is not given; give it too")
+        return None
+    if not deletes or arguments.budget != "uniform":
+        raise ValueError(
+            f"--bits {arguments.bits} packs a stock checkpoint, in which layers have the same number of experts and no others "
+            "answer for them: delete the dropped ones and take --budget uniform"
+        )
+    if settings_of(source.config):
+        raise ValueError(
+            f"--bits {arguments.bits}: {source.folder} is quantised already; leave it out, or start from the plain model"
+        )
+    made = Packing(arguments.bits, arguments.group_size)
+    return replace(made, group=made.check(source.folder, source.tensors.infos, len(source.layers)))
 
 
-class Shelf:
-    """Reduced layers, kept on disk until all are there."""
+def mix(
+    calibrated: Calibrated, counts: Mapping[LayerId, int], criterion: str, limits: Mapping[LayerId, Limits]
+) -> dict[str, Any]:
+    """Where ``--domains max-min`` asks for it, let the worst domain suffer least; what was found, as a JSON page by name.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._held: dict[LayerId, tuple[Path, Reduced]] = {}
+    Weights are found once, for ``criterion`` and ``counts``, and serve all that comes after.
+    """
+    if getattr(calibrated.arguments, "domains", None) != MAX_MIN:
+        return {}
+    names = calibrated.source.layers
+    layers = {layer: {name: slim(one) for name, one in calibrated.by_domain(layer).items()} for layer in names}
+    given = max_min(layers, counts, criterion, limits, calibrated.weights, calibrated.arguments.seed, steps=1)
+    found = max_min(layers, counts, criterion, limits, calibrated.weights, calibrated.arguments.seed)
+    calibrated.weights = found.weights
+    for name in sorted(found.weights):
+        log.info(
+            "domain %s: weight %.3f in place of %.3f, predicted error %.4f in place of %.4f",
+            *(name, found.weights[name], given.weights[name], found.errors[name], given.errors[name]),
+        )
+    return {DOMAINS: {"weights": found.weights, "errors": found.errors, "given": vars(given)}}
 
-    def __contains__(self, layer: LayerId) -> bool:
-        return layer in self._held
 
-    def put(self, layer: LayerId, reduced: Reduced) -> None:
-        path = self.folder / f"{len(self._held)}.safetensors"
-        save_tensors(path, reduced.stored())
-        self._held[layer] = path, reduced.without_stored()
-
-    def get(self, layer: LayerId) -> Reduced:
-        path, reduced = self._held[layer]
-        return reduced.with_stored(load_tensors(path))
+@contextlib.contextmanager
+def workspace(arguments: argparse.Namespace) -> Iterator[Path]:
+    """A folder beside the result for what does not fit into memory; gone afterwards."""
+    parent = arguments.out.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".reduced-", dir=parent) as folder:
+        yield Path(folder)

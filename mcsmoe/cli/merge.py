@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mcsmoe.cli import options
-from mcsmoe.methods import BACKWARD, MERGES, PRESETS, REFIT, SIMILARITIES
+from mcsmoe.methods import BACKWARD, MERGES, MERGES_ON_TOKENS, PRESETS, REFIT, SIMILARITIES
 from mcsmoe.workflow.method_options import add_method
 from mcsmoe.workflow.options import record
 
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(**dict.fromkeys(_FIELDS))
     options.add_refit(group)
+    options.add_packing(group)
     group.add_argument(
         "--sequential",
         action=argparse.BooleanOptionalAction,
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
         _refuse_gradients(arguments.method, MERGES[arguments.method].needs)
     if in_sequence(arguments):
         _reduce(arguments)
+    elif arguments.bits is not None:
+        raise ValueError("--bits packs what is reduced in sequence: give --calibration FILE with a method such as ream")
     else:
         _merge(arguments)
 
@@ -100,6 +103,7 @@ def in_sequence(arguments: argparse.Namespace) -> bool:
 def _reduce(arguments: argparse.Namespace) -> None:
     from mcsmoe.checkpoint.streaming import Streamed
     from mcsmoe.cli import _reduce
+    from mcsmoe.cli._calibrated import Calibrated
     from mcsmoe.transform.reduce import Merging, Reduction
 
     merging = record(Merging, arguments, merge=arguments.method)
@@ -107,11 +111,14 @@ def _reduce(arguments: argparse.Namespace) -> None:
     source = Streamed(arguments.model)
     _reduce.check_whole(source)
     arguments.remove = None
-    drops = arguments.method not in MERGES or MERGES[arguments.method].drops
-    counts = _reduce.counts(source, arguments, drops)
-    settings = {name: getattr(arguments, name) for name in (*_SETTINGS, "refit", "ridge")}
+    drops = (MERGES | MERGES_ON_TOKENS)[arguments.method].drops
+    packing = _reduce.packing(source, arguments, drops)
+    calibrated = Calibrated(source, arguments)
+    counts = _reduce.counts(calibrated, drops)
+    settings = {name: getattr(arguments, name) for name in (*_SETTINGS, "refit", "ridge", "bits", "group_size")}
     provenance = {"stage": "merge", "tool": "mcsmoe merge", "settings": settings, **source.origin}
-    _reduce.reduce_checkpoint(source, arguments, Reduction(merging, refitting, seed=arguments.seed), counts, provenance)
+    reduction = Reduction(merging, refitting, seed=arguments.seed)
+    _reduce.reduce_checkpoint(calibrated, reduction, counts, provenance, packing=packing)
 
 
 def _merge(arguments: argparse.Namespace) -> None:

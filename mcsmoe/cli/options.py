@@ -28,10 +28,10 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help="text: a line each (.txt), or rows with text, messages, prompt and completion, input and target, or "
         "input_ids (.jsonl, .parquet)",
     )
-    _add_rows(group, "rows drawn from the file")
+    add_rows(group, "rows drawn from the file")
 
 
-def _add_rows(group: argparse._ActionsContainer, drawn: str) -> None:
+def add_rows(group: argparse._ActionsContainer, drawn: str) -> None:
     """How much of the text is used, and how."""
     group.add_argument("--samples", type=int, default=256, help=drawn)
     group.add_argument("--batch-size", type=int, default=32, help="rows per forward pass")
@@ -65,7 +65,7 @@ def add_domain_files(group: argparse._ActionsContainer, required: bool = False) 
         metavar="[DOMAIN=]FILE[:WEIGHT]",
         help="text (.txt, .jsonl, .parquet), once for each domain; a weight is the domain's share of the tokens",
     )
-    _add_rows(group, "rows drawn in all, shared by weight")
+    add_rows(group, "rows drawn in all, shared by weight")
     group.add_argument(
         "--pack",
         type=int,
@@ -132,7 +132,23 @@ def add_refit(group: argparse._ActionsContainer) -> None:
     """Whether and how output projections are solved for afterwards."""
     group.add_argument("--refit", action="store_true", help="solve for the output projections of what is left")
     group.add_argument(
-        "--ridge", type=float, default=0.01, help="of the refit, over the mean diagonal of an expert's Gram matrix"
+        "--ridge",
+        type=float,
+        help="of the refit, over the mean diagonal of an expert's Gram matrix; held-out tokens choose one for each layer "
+        "if none is given",
+    )
+
+
+def add_packing(group: argparse._ActionsContainer) -> None:
+    """Whether experts are stored in fewer bits."""
+    group.add_argument(
+        "--bits",
+        type=int,
+        choices=(4, 8),
+        help="store experts as integers of that many bits (packed layout of compressed-tensors), after everything else",
+    )
+    group.add_argument(
+        "--group-size", type=int, metavar="N", help="weights that share a scale; 128, 64 or 32 if none is given"
     )
 
 
@@ -140,11 +156,13 @@ def refitting(arguments: argparse.Namespace) -> Any:
     """The refit that was asked for, or None."""
     from mcsmoe.transform.refit import Refitting
 
-    if not arguments.ridge > 0:
+    if arguments.ridge is not None and not arguments.ridge > 0:
         raise ValueError(f"--ridge is {arguments.ridge}; give a number above 0")
     if arguments.refit and arguments.calibration is None:
         raise ValueError("--refit solves on tokens: give --calibration FILE, not --statistics alone")
-    return Refitting(arguments.ridge) if arguments.refit else None
+    if arguments.ridge is not None and not arguments.refit:
+        raise ValueError("--ridge is of the refit, which is not asked for; give --refit too")
+    return (Refitting() if arguments.ridge is None else Refitting((arguments.ridge,))) if arguments.refit else None
 
 
 def add_excluded(parser: argparse._ActionsContainer) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from mcsmoe import methods
 from mcsmoe.cli import options
@@ -18,20 +21,47 @@ the layer gives what it gave; it is worth more than any criterion.
 """
 EXAMPLE = "mcsmoe prune full --calibration text.jsonl --experts 8 --criterion gram --refit --out pruned"
 
+_SETTINGS = (
+    *("experts", "remove", "target_size", "criterion", "dropped", "rank", "budget", "domains"),
+    *("refit", "ridge", "bits", "group_size", "seed"),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("model", type=Path, help="stock checkpoint folder, or a model on the hub")
     options.add_number(parser)
+    parser.add_argument(
+        "--target-size",
+        type=options.size,
+        metavar="SIZE",
+        help="bytes of the result, such as 12GB, in place of a number of experts: experts and bits by predicted error",
+    )
     options.add_out(parser)
     options.add_domains(parser)
     options.add_pass(parser)
+    parser.add_argument(
+        "--domains",
+        metavar="WEIGHTS",
+        help="shares of the domains in what criteria and budgets see: A=.5,B=.5, or max-min (the worst domain suffers least)",
+    )
     group = parser.add_argument_group("method")
-    group.add_argument("--criterion", choices=tuple(methods.CRITERIA), default="gram", help="which experts stay")
+    group.add_argument(
+        "--criterion",
+        choices=(*methods.CRITERIA, methods.AUTO),
+        default="gram",
+        help="which experts stay; auto tries gram, mass and reap and takes what loses least on held-out rows",
+    )
     group.add_argument("--dropped", choices=methods.DROPPED, default="delete", help="what becomes of the others")
     group.add_argument("--rank", type=int, default=16, help="of affine novices")
-    group.add_argument("--budget", choices=methods.PRUNING_BUDGETS, default="uniform", help="spread over the layers")
+    group.add_argument(
+        "--budget",
+        choices=(*methods.PRUNING_BUDGETS, methods.AUTO),
+        default="uniform",
+        help="spread over the layers; auto tries uniform and predicted on held-out rows",
+    )
     options.add_refit(group)
+    options.add_packing(group)
     group.add_argument(
         "--protect", metavar="LIST", help="experts that stay: super (those with outlying outputs), or a JSON file"
     )
@@ -49,20 +79,57 @@ def run(arguments: argparse.Namespace) -> None:
     """Prune every layer and write the result."""
     options.prepare(arguments)
     from mcsmoe.checkpoint.streaming import Streamed
-    from mcsmoe.cli import _reduce
+    from mcsmoe.cli import _reduce, _size
+    from mcsmoe.cli._calibrated import Calibrated
+    from mcsmoe.cli._choose import CANDIDATES, choose
     from mcsmoe.transform.reduce import Pruning, Reduction
+    from mcsmoe.types import LayerId
 
-    how = Pruning(arguments.criterion, arguments.dropped, arguments.rank)
     refitting = options.refitting(arguments)
+    fitted = Pruning(methods.TRIED_CRITERIA[0], arguments.dropped, arguments.rank).needs_tokens
+    if fitted and arguments.calibration is None:
+        raise ValueError(
+            f"--dropped {arguments.dropped} is fitted to tokens: give --calibration FILE, not --statistics alone"
+        )
     source = Streamed(arguments.model)
     _reduce.check_whole(source)
-    counts = _reduce.counts(source, arguments, arguments.dropped == "delete", arguments.criterion)
-    limits = _reduce.limits(source, arguments)
-    for layer, limit in limits.items():
-        limit.quota(counts[layer], layer)
-    settings = {
-        name: getattr(arguments, name)
-        for name in ("experts", "remove", "criterion", "dropped", "rank", "budget", "refit", "ridge", "seed")
-    }
-    provenance = {"stage": "prune", "tool": "mcsmoe prune", "settings": settings, **source.origin}
-    _reduce.reduce_checkpoint(source, arguments, Reduction(how, refitting, limits, arguments.seed), counts, provenance)
+    deletes = arguments.dropped == "delete"
+    sized = arguments.target_size is not None
+    if sized:
+        _size.check(arguments)
+    else:
+        packing = _reduce.packing(source, arguments, deletes)
+    calibrated = Calibrated(source, arguments)
+    if not sized:
+        uniform = _reduce.counts(calibrated, deletes, budget="uniform")
+    limits = _reduce.limits(calibrated)
+    pages: dict[str, Any] = {}
+    if sized:
+        pages |= _size.fit(calibrated, limits)
+        packing = _reduce.packing(source, arguments, deletes)
+        uniform = _reduce.counts(calibrated, deletes, budget="uniform")
+    if arguments.budget in ("uniform", methods.AUTO):
+        for layer, limit in limits.items():
+            limit.quota(uniform[layer], layer)
+    first = methods.TRIED_CRITERIA[0] if arguments.criterion == methods.AUTO else arguments.criterion
+    pages |= _reduce.mix(calibrated, uniform, first, limits)
+
+    def plan(criterion: str, budget: str) -> tuple[Reduction, Mapping[LayerId, int]]:
+        counts = _reduce.counts(calibrated, deletes, criterion, budget, limits)
+        for layer, limit in limits.items():
+            limit.quota(counts[layer], layer)
+        how = Pruning(criterion, arguments.dropped, arguments.rank)
+        return Reduction(how, refitting, limits, arguments.seed), counts
+
+    settings = {name: getattr(arguments, name) for name in _SETTINGS}
+    auto = methods.AUTO in (arguments.criterion, arguments.budget)
+    with _reduce.workspace(arguments) if auto else nullcontext() as work:
+        layers, criterion, budget = None, arguments.criterion, arguments.budget
+        if work is not None:
+            found = choose(calibrated, criterion, budget, plan, work)
+            layers, criterion, budget = found.layers, found.criterion, found.budget
+            pages[CANDIDATES] = {"candidates": found.table}
+            settings |= {"chosen_criterion": criterion, "chosen_budget": budget}
+        reduction, counts = plan(criterion, budget)
+        provenance = {"stage": "prune", "tool": "mcsmoe prune", "settings": settings, **source.origin}
+        _reduce.reduce_checkpoint(calibrated, reduction, counts, provenance, layers, pages, packing)

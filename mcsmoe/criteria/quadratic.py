@@ -6,6 +6,7 @@ set is deleted and nothing else changes. Whoever drops experts one by one by a s
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,15 @@ class Limits:
                 )
         return torch.full((groups,), share, dtype=torch.int64)
 
+    def numbers(self, fewest: int = 1) -> list[int]:
+        """Numbers of experts, from ``fewest`` up, of which some set respects the limits."""
+        found = []
+        for kept in range(max(1, fewest), len(self.group_E) + 1):
+            with suppress(ValueError):
+                self.quota(kept)
+                found.append(kept)
+        return found
+
 
 def rounded(values: Tensor, scale: float) -> Tensor:
     """float64, rounded to 12 digits of ``scale``: sums that differ in last bits only (another order of threads) tie."""
@@ -119,10 +129,7 @@ def curve(quadratic_EE: Tensor, limits: Limits, fewest: int = 1) -> Tensor:
     """
     experts = len(quadratic_EE)
     made = torch.full((experts + 1,), torch.inf, dtype=torch.float64)
-    step = limits.groups
-    for kept in range(max(fewest, step) + (-max(fewest, step)) % step, experts + 1, step):
-        if bool(limits.dropped_E.sum() > experts - kept) or bool(limits.protected_E.sum() > kept):
-            continue
+    for kept in limits.numbers(fewest):
         kept_K = cheapest(quadratic_EE, kept, limits)
         dropped_E = torch.ones(experts, dtype=torch.bool)
         dropped_E[kept_K] = False

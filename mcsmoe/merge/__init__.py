@@ -35,6 +35,7 @@ METHODS: dict[str, MergeMethod] = {
         "git-rebasin": git_rebasin.git_rebasin,
         "repair": repair.repair,
         "zipit": zipit.zipit,
+        "zipit-frequency": zipit.zipit_frequency,
         "zipit-weight": zipit.zipit_weight,
     }.items()
 }

@@ -185,10 +185,10 @@ def zip_weights(weights: ExpertWeights, slot_N: Tensor, share_E: Tensor) -> Expe
     return weights.map(zipped)
 
 
-def _merge(inputs: MergeInputs, by_activation: bool) -> Merged:
+def _merge(inputs: MergeInputs, by_activation: bool, importance_E: Tensor | None = None) -> Merged:
     require_finite(inputs.weights, inputs.layer)
     grouping = inputs.grouping
-    share_E = shares(grouping, torch.ones(grouping.num_experts))
+    share_E = shares(grouping, torch.ones(grouping.num_experts) if importance_E is None else importance_E)
     made = inputs.weights.select(grouping.dominant)
     for group, experts in enumerate(grouping_members(grouping)):
         if len(experts) == 1:
@@ -220,6 +220,12 @@ def zipit(inputs: MergeInputs) -> Merged:
     """
     inputs.require_tokens("ZipIt")
     return _merge(inputs, by_activation=True)
+
+
+def zipit_frequency(inputs: MergeInputs) -> Merged:
+    """``zipit`` with experts counting by how often they are used, as in plain averaging; reads ``frequency_E`` too."""
+    inputs.require_tokens("ZipIt")
+    return _merge(inputs, by_activation=True, importance_E=inputs.frequency_E.clamp(min=1e-9))
 
 
 def zipit_weight(inputs: MergeInputs) -> Merged:

@@ -6,19 +6,21 @@ With the layer's routing as it now is (gates g), blocks S (experts, novices) wit
 
 is a ridge regression towards the projections there are. It is solved block by block (Gauss-Seidel): a block's target is
 what the others leave, its own solution a Cholesky factorisation in float64. Every step lowers the sum, which starts at
-the error of W^0, so the error on these tokens never rises.
+the error of W^0, so the error on these tokens never rises. How strong the ridge is, tokens that are held out say: in the
+first sweep every block is solved for with each candidate, and the one with the least error on them serves all further
+sweeps. The first sweep itself takes the strongest, so that the penalty never grows on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-RIDGE = 0.01
-"""mu over the mean diagonal of a block's Gram matrix."""
+RIDGES = (0.1, 0.03, 0.01, 0.003, 0.001)
+"""Candidates for mu over the mean diagonal of a block's Gram matrix, the strongest first."""
 
 SWEEPS = 3
 
@@ -69,118 +71,156 @@ class RefitBatch:
 
 @dataclass(frozen=True)
 class Refitted:
-    """Projections that were solved for, and the squared error over the tokens before and after."""
+    """Projections that were solved for, and squared errors before and after, over the tokens and over those held out."""
 
     weights: list[Tensor]  # [D, P] each, as they were given
     before: float
     after: float
+    held_before: float
+    held_after: float
+    ridge: float
+    judged: bool  # whether there are tokens held out
+
+    @property
+    def helps(self) -> bool:
+        """Whether held-out tokens say that the error falls; without any, whether it does on the others."""
+        return self.held_after < self.held_before if self.judged else self.after < self.before
 
 
 @torch.no_grad()
 def refit(
-    blocks: Sequence[Block], batches: Sequence[RefitBatch], ridge: float = RIDGE, sweeps: int = SWEEPS, layer: str = ""
+    blocks: Sequence[Block],
+    batches: Sequence[RefitBatch],
+    held: Sequence[RefitBatch] = (),
+    ridges: Sequence[float] = RIDGES,
+    sweeps: int = SWEEPS,
+    layer: str = "",
 ) -> Refitted:
     """Solve for the projections of ``blocks``; a block without tokens keeps its own.
 
     Args:
         blocks: what is solved for.
         batches: tokens; read ``sweeps`` + 1 times, linear in their number. Their residuals are kept, [T, D] in float32.
-        ridge: mu_b is this times the mean diagonal of the block's Gram matrix.
+        held: tokens that nothing is fitted to; they choose among ``ridges``, and say whether the refit helps.
+        ridges: candidates; mu_b is one of these times the mean diagonal of the block's Gram matrix. Without held-out
+            tokens the strongest is taken.
         sweeps: of Gauss-Seidel over the blocks.
 
     Raises:
         ValueError: a ridge or number of sweeps out of range, or tokens that are not finite; names the layer.
     """
-    if not ridge > 0:
-        raise ValueError(f"layer {layer!r}: the ridge is {ridge}; give a number above 0, such as {RIDGE}")
+    ridges = sorted(ridges, reverse=True)
+    if not ridges or not ridges[-1] > 0:
+        raise ValueError(
+            f"layer {layer!r}: the ridge is {ridges[-1] if ridges else None}; give numbers above 0, such as {RIDGES[-1]}"
+        )
     if sweeps < 1:
         raise ValueError(f"layer {layer!r}: {sweeps} sweeps; give at least 1")
     start = [block.weight_DP.detach().double() for block in blocks]
     weights = [weight_DP.clone() for weight_DP in start]
-    cache = _Features(blocks, batches)
-    residuals = [batch.target_TD.detach().to(_wide(batch.target_TD), copy=True) for batch in batches]
-    for index in range(len(blocks)):
-        cache.subtract(index, weights[index], residuals, fixed=True)
-    before = _square(residuals)
-    if not torch.isfinite(torch.tensor(before)):
+    fitting, judging = _Tokens(blocks, batches), _Tokens(blocks, held)
+    for index, weight_DP in enumerate(weights):
+        fitting.subtract(index, weight_DP)
+        judging.subtract(index, weight_DP)
+    before, held_before = fitting.square(), judging.square()
+    if not torch.isfinite(torch.tensor([before, held_before])).all():
         raise ValueError(f"layer {layer!r}: outputs on the calibration tokens are not finite; the model diverges there")
-    grams: dict[int, Tensor] = {}
-    for _ in range(sweeps):
+    chosen = ridges[0]
+    for sweep in range(sweeps):
+        choosing = sweep == 0 and len(ridges) > 1 and bool(held)
+        errors = dict.fromkeys(ridges, 0.0)
         for index in range(len(blocks)):
-            if not cache.count(index):
+            if not fitting.count(index):
                 continue
-            weights[index] = _solve(index, weights, start, cache, residuals, grams, ridge)
-    after = _square(residuals)
+            gram_PP, cross_PD = fitting.moments(index)
+            solve = _solver(gram_PP, cross_PD, weights[index], start[index])
+            change_DP = solve(chosen) - weights[index]
+            if choosing and judging.count(index):
+                held_PP, held_PD = judging.moments(index)
+                for ridge in ridges:
+                    other_DP = change_DP if ridge == chosen else solve(ridge) - weights[index]
+                    # |r - h D'|^2 - |r|^2, r being what is left of the target.
+                    errors[ridge] += float((other_DP @ held_PP).mul_(other_DP).sum() - 2 * (other_DP.T * held_PD).sum())
+            weights[index] = weights[index] + change_DP
+            fitting.subtract_change(index, change_DP)
+            judging.subtract_change(index, change_DP)
+        if choosing:
+            chosen = min(ridges, key=lambda ridge: errors[ridge])
+    after, held_after = fitting.square(), judging.square()
     if after > before:
         # Rounding alone can do this, where nothing was left to win.
-        return Refitted([block.weight_DP for block in blocks], before, before)
-    return Refitted(
-        [new.to(block.weight_DP) for new, block in zip(weights, blocks, strict=True)],
-        before,
-        after,
-    )
+        kept = [block.weight_DP for block in blocks]
+        return Refitted(kept, before, before, held_before, held_before, chosen, bool(held))
+    made = [new.to(block.weight_DP) for new, block in zip(weights, blocks, strict=True)]
+    return Refitted(made, before, after, held_before, held_after, chosen, bool(held))
 
 
-def _solve(
-    index: int,
-    weights: list[Tensor],
-    start: list[Tensor],
-    cache: _Features,
-    residuals: list[Tensor],
-    grams: dict[int, Tensor],
-    ridge: float,
-) -> Tensor:
-    """New projection of one block; the residuals follow it."""
-    old_DP = weights[index]
-    features = cache.features(index)
-    cross_PD = old_DP.new_zeros(old_DP.T.shape)
-    gram_PP = grams.get(index)
-    fresh = gram_PP is None
-    total_PP = old_DP.new_zeros(old_DP.shape[1], old_DP.shape[1]) if gram_PP is None else gram_PP
-    for (token_N, gated_NP), residual_TD in zip(features, residuals, strict=True):
-        wide_NP = gated_NP.double()
-        cross_PD += wide_NP.T @ residual_TD[token_N].double()
-        if fresh:
-            total_PP += wide_NP.T @ wide_NP
-    grams[index] = total_PP
-    mu = ridge * float(total_PP.diagonal().mean())
-    if not mu > 0:
-        return old_DP
-    # Against the block's own part taken out of the sum: C = sum h (r + W h)' = cross + H W'.
-    right_PD = cross_PD + total_PP @ old_DP.T + mu * start[index].T
-    system_PP = total_PP + mu * torch.eye(len(total_PP), dtype=total_PP.dtype, device=total_PP.device)
-    new_DP = torch.cholesky_solve(right_PD, torch.linalg.cholesky(system_PP)).T
-    change_DP = new_DP - old_DP
-    for (token_N, gated_NP), residual_TD in zip(features, residuals, strict=True):
-        residual_TD.index_add_(0, token_N, (gated_NP.to(residual_TD) @ change_DP.T.to(residual_TD)), alpha=-1)
-    return new_DP
+def _solver(gram_PP: Tensor, cross_PD: Tensor, old_DP: Tensor, start_DP: Tensor) -> Callable[[float], Tensor]:
+    """From a ridge to the new projection of one block, against what is left of the target with its own part in it."""
+    scale = float(gram_PP.diagonal().mean())
+    # Against the block's own part taken out of the sum: sum h (r + W h)' = cross + H W'.
+    whole_PD = cross_PD + gram_PP @ old_DP.T
+
+    def solve(ridge: float) -> Tensor:
+        mu = ridge * scale
+        if not mu > 0:
+            return old_DP
+        system_PP = gram_PP.clone()
+        system_PP.diagonal().add_(mu)
+        return torch.cholesky_solve(whole_PD + mu * start_DP.T, torch.linalg.cholesky(system_PP)).T
+
+    return solve
 
 
-@torch.no_grad()
-def squared_error(blocks: Sequence[Block], batches: Iterable[RefitBatch], weights: Sequence[Tensor]) -> float:
-    """Squared error over ``batches`` with the projections ``weights``."""
-    total = 0.0
-    for batch in batches:
-        cache = _Features(blocks, [batch])
-        residual = [batch.target_TD.detach().to(_wide(batch.target_TD), copy=True)]
-        for index, weight_DP in enumerate(weights):
-            cache.subtract(index, weight_DP, residual, fixed=True)
-        total += _square(residual)
-    return total
-
-
-class _Features:
-    """Gated features of blocks on their tokens, computed when asked for and kept while there is room."""
+class _Tokens:
+    """Tokens with what is left of their targets; gated features are computed when asked for and kept while there is room."""
 
     def __init__(self, blocks: Sequence[Block], batches: Sequence[RefitBatch]) -> None:
         self.blocks, self.batches = blocks, batches
+        self.residuals = [batch.target_TD.detach().to(_wide(batch.target_TD), copy=True) for batch in batches]
         self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._grams: dict[int, Tensor] = {}
         self._room = _CACHE_BYTES
 
     def count(self, index: int) -> int:
+        """How many of them one block has."""
         return sum(int(batch.count_B[index]) for batch in self.batches)
 
-    def features(self, index: int) -> list[tuple[Tensor, Tensor]]:
+    def square(self) -> float:
+        """Squared norm of what is left."""
+        return sum(float(residual_TD.double().square().sum()) for residual_TD in self.residuals)
+
+    def moments(self, index: int) -> tuple[Tensor, Tensor]:
+        """Float64 [P, P] and [P, D]: sums over one block's tokens of h h' and of h r', r what is left of the target."""
+        weight_DP, fresh = self.blocks[index].weight_DP, index not in self._grams
+        cross_PD = torch.zeros_like(weight_DP.T, dtype=torch.float64)
+        if fresh:
+            self._grams[index] = cross_PD.new_zeros(len(cross_PD), len(cross_PD))
+        for (token_N, gated_NP), residual_TD in zip(self._features(index), self.residuals, strict=True):
+            wide_NP = gated_NP.double()
+            cross_PD += wide_NP.T @ residual_TD[token_N].double()
+            if fresh:
+                self._grams[index] += wide_NP.T @ wide_NP
+        return self._grams[index], cross_PD
+
+    def subtract(self, index: int, weight_DP: Tensor) -> None:
+        """Take a block's output out of what is left, its fixed part included."""
+        self.subtract_change(index, weight_DP)
+        fixed = self.blocks[index].fixed
+        if fixed is None:
+            return
+        for batch, residual_TD in zip(self.batches, self.residuals, strict=True):
+            token_N, gate_N = batch.of_block(index)
+            output_ND = fixed(batch.inputs_TD[token_N]).to(residual_TD) * gate_N[:, None].to(residual_TD)
+            residual_TD.index_add_(0, token_N, output_ND, alpha=-1)
+
+    def subtract_change(self, index: int, change_DP: Tensor) -> None:
+        """Take out what a block gives more."""
+        for (token_N, gated_NP), residual_TD in zip(self._features(index), self.residuals, strict=True):
+            output_ND = gated_NP.to(residual_TD) @ change_DP.T.to(residual_TD)
+            residual_TD.index_add_(0, token_N, output_ND, alpha=-1)
+
+    def _features(self, index: int) -> list[tuple[Tensor, Tensor]]:
         """By batch, tokens [N] and gate times features [N, P]."""
         if index in self._kept:
             return self._kept[index]
@@ -194,20 +234,6 @@ class _Features:
             self._kept[index], self._room = made, self._room - size
         return made
 
-    def subtract(self, index: int, weight_DP: Tensor, residuals: Sequence[Tensor], fixed: bool) -> None:
-        """Take a block's output out of the residuals."""
-        block = self.blocks[index]
-        for batch, (token_N, gated_NP), residual_TD in zip(self.batches, self.features(index), residuals, strict=True):
-            output_ND = gated_NP.to(residual_TD) @ weight_DP.T.to(residual_TD)
-            if fixed and block.fixed is not None:
-                gate_N = batch.of_block(index)[1]
-                output_ND += block.fixed(batch.inputs_TD[token_N]).to(residual_TD) * gate_N[:, None].to(residual_TD)
-            residual_TD.index_add_(0, token_N, output_ND, alpha=-1)
-
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _square(residuals: Iterable[Tensor]) -> float:
-    return sum(float(residual_TD.double().square().sum()) for residual_TD in residuals)

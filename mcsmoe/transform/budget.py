@@ -13,15 +13,15 @@ from mcsmoe.grouping.budget import adaptive, predicted
 from mcsmoe.statistics.layer import LayerStatistics
 from mcsmoe.types import LayerId
 
-Spread = Callable[[Mapping[LayerId, LayerStatistics], int, str, Mapping[LayerId, int], int], dict[LayerId, int]]
-"""From statistics, experts on average, criterion, sets that a router chooses among first, and the fewest in a layer."""
+Spread = Callable[[Mapping[LayerId, LayerStatistics], int, str, Mapping[LayerId, Limits], int], dict[LayerId, int]]
+"""From statistics, experts on average, criterion, what each layer's experts must respect, and the fewest in a layer."""
 
 
 def by_frequency(
     statistics: Mapping[LayerId, LayerStatistics],
     average: int,
     _criterion: str,
-    sets: Mapping[LayerId, int],
+    limits: Mapping[LayerId, Limits],
     fewest: int,
 ) -> dict[LayerId, int]:
     """As many as a layer has among the most frequent experts of the model (MC-SMoE).
@@ -29,7 +29,7 @@ def by_frequency(
     Raises:
         ValueError: routers that choose among sets of experts, which this budget does not know.
     """
-    if max(sets.values()) > 1:
+    if max(one.groups for one in limits.values()) > 1:
         raise ValueError("--budget adaptive does not know routers that choose sets of experts; use predicted")
     chosen = adaptive({layer: one.frequency_E for layer, one in statistics.items()}, average, fewest)
     return {layer: len(kept) for layer, kept in chosen.items()}
@@ -39,32 +39,36 @@ def by_error(
     statistics: Mapping[LayerId, LayerStatistics],
     average: int,
     criterion: str,
-    sets: Mapping[LayerId, int],
+    limits: Mapping[LayerId, Limits],
     fewest: int,
 ) -> dict[LayerId, int]:
     """By the squared change of the layer's output over the energy of the residual stream behind it."""
-    curves = {layer: relative_curve(layer, statistics[layer], criterion, sets[layer], fewest) for layer in statistics}
+    curves = {layer: relative_curve(layer, statistics[layer], criterion, limits[layer], fewest) for layer in statistics}
     return predicted(curves, average)
 
 
-def relative_curve(layer: LayerId, statistics: LayerStatistics, criterion: str, sets: int, fewest: int) -> Tensor:
-    """float64 [E + 1]: squared change of the output with k experts kept, over the squared residual stream.
+def relative_curve(layer: LayerId, statistics: LayerStatistics, criterion: str, limits: Limits, fewest: int) -> Tensor:
+    """float64 [E + 1]: squared change of the output with k experts kept, over ``energy``."""
+    inputs, experts = CriterionInputs(layer, statistics), statistics.num_experts
+    matrix_EE = gram(inputs).cpu()
+    scale = energy(statistics)
+    if criterion in QUADRATICS:
+        return curve(QUADRATICS[criterion](inputs).cpu(), limits, fewest) / scale
+    made = torch.full((experts + 1,), torch.inf, dtype=torch.float64)
+    for kept in limits.numbers(fewest):
+        dropped_E = torch.ones(experts, dtype=torch.bool)
+        dropped_E[choose(criterion, inputs, kept, limits)] = False
+        made[kept] = max(0.0, cost(matrix_EE, dropped_E)) / scale
+    return made
+
+
+def energy(statistics: LayerStatistics) -> float:
+    """What a change of a layer's output is large or small against: the squared residual stream behind it, over all tokens.
 
     Where the stream was not seen the output's own energy stands in for it.
     """
-    inputs, experts = CriterionInputs(layer, statistics), statistics.num_experts
-    limits = Limits.none(experts)
-    limits = Limits(limits.protected_E, limits.dropped_E, torch.arange(experts) // (experts // sets))
-    outputs, matrix_EE = inputs.outputs, gram(inputs).cpu()
-    energy = float(outputs.stream_square_sum) or float(outputs.layer_square_sum) or 1.0
-    if criterion in QUADRATICS:
-        return curve(QUADRATICS[criterion](inputs).cpu(), limits, fewest) / energy
-    made = torch.full((experts + 1,), torch.inf, dtype=torch.float64)
-    for kept in range(-(-fewest // sets) * sets, experts + 1, sets):
-        dropped_E = torch.ones(experts, dtype=torch.bool)
-        dropped_E[choose(criterion, inputs, kept, limits)] = False
-        made[kept] = max(0.0, cost(matrix_EE, dropped_E)) / energy
-    return made
+    outputs = CriterionInputs("", statistics).outputs
+    return float(outputs.stream_square_sum) or float(outputs.layer_square_sum) or 1.0
 
 
 SPREADS: dict[str, Spread] = {"adaptive": by_frequency, "predicted": by_error}

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from mcsmoe import modules
 from mcsmoe.compress.lowrank import decompose, decompose_whitened
+from mcsmoe.compress.moments import shrunken
 from mcsmoe.console import progress
 from mcsmoe.modules import LowRankProjection, RedirectedExperts
 from mcsmoe.statistics.layer import LayerStatistics
 from mcsmoe.statistics.routing import RoutingStatistics
 from mcsmoe.transform.layers import Layers, SparseLayer
-from mcsmoe.types import ExpertActivation, ExpertWeights, LayerId, LowRankFactors, Role, chosen_layers
+from mcsmoe.types import LayerId, LowRankFactors, Role, chosen_layers
 
 
 @dataclass(frozen=True)
@@ -113,25 +114,20 @@ def keep_rows(layer: SparseLayer, keep: float, grams: Mapping[str, Tensor]) -> N
 def input_grams(layer: SparseLayer, statistics: LayerStatistics) -> dict[str, Tensor]:
     """By matrix [G, i, i]: the Gram matrix of what it receives, over each group's calibration tokens.
 
-    Inputs of an output projection are the hidden activations of the group's tokens.
+    Inputs of an output projection are the hidden activations of the group's tokens. Where few tokens are kept of an expert
+    its matrix is mixed with that of all (``compress.moments``); it counts for as many tokens as the expert had.
     """
-    return _grams(layer.read_experts(), layer.expert_to_group, statistics, layer.activation)
-
-
-def _grams(
-    weights: ExpertWeights, table: Tensor, statistics: LayerStatistics, activation: ExpertActivation
-) -> dict[str, Tensor]:
-    groups, tokens = weights.num_experts, statistics.tokens()
-    inputs: dict[str, list[Tensor]] = {name: [] for name in weights.names(Role.INPUT, Role.OUTPUT)}
-    for group in range(groups):
-        routed_TD = torch.cat([tokens[expert] for expert in (table == group).nonzero()[:, 0].tolist()])
-        hidden_TF = weights.hidden(group, routed_TD, activation)
-        for name, role in weights.roles.items():
-            if name in inputs:
-                received = (routed_TD if role is Role.INPUT else hidden_TF).double()
-                inputs[name].append(received.T @ received)
-        if statistics.input_gram_EDD is not None:
-            gram_DD = statistics.input_gram_EDD[table == group].sum(dim=0)
-            for name in weights.names(Role.INPUT):
-                inputs[name][-1] = gram_DD
-    return {name: torch.stack(found) for name, found in inputs.items()}
+    weights, table, activation = layer.read_experts(), layer.expert_to_group, layer.activation
+    tokens, names = statistics.tokens(), weights.names(Role.INPUT, Role.OUTPUT)
+    members = [(table == group).nonzero()[:, 0].tolist() for group in range(weights.num_experts)]
+    count_G = torch.stack([statistics.computed_E[experts].double().sum() for experts in members]).cpu()
+    routed = [torch.cat([tokens[expert] for expert in experts]) for experts in members]
+    hidden = [weights.hidden(group, routed_TD, activation) for group, routed_TD in enumerate(routed)]
+    found = {Role.OUTPUT: shrunken(hidden)}
+    if statistics.input_gram_EDD is None:
+        found[Role.INPUT] = shrunken(routed)
+    else:
+        exact_GDD = torch.stack([statistics.input_gram_EDD[experts].sum(dim=0) for experts in members])
+        found[Role.INPUT] = shrunken(routed, exact_GDD, count_G)
+    counted = {role: moment_Gii * count_G.to(moment_Gii)[:, None, None] for role, moment_Gii in found.items()}
+    return {name: counted[weights.roles[name]] for name in names}

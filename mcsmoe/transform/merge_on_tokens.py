@@ -1,14 +1,17 @@
-"""Merges that look at all tokens of a layer, not at sums over them: REAM and MergeMoE."""
+"""What ``mcsmoe merge`` alone has, layer after layer: REAM, MergeMoE, and deleting the set that changes outputs least."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mcsmoe.calibration.tokens import LayerTokens
-from mcsmoe.criteria.scores import CriterionInputs, reap
+from mcsmoe.criteria.quadratic import Limits
+from mcsmoe.criteria.scores import CriterionInputs, choose, reap
+from mcsmoe.grouping.dominant import group_by_dominant
 from mcsmoe.merge import mergemoe, ream
 from mcsmoe.merge.base import Merged
 from mcsmoe.statistics.layer import LayerStatistics
@@ -42,7 +45,26 @@ def _mergemoe(
     return mergemoe.merge(weights, grouping, statistics.frequency_E, routed, layer.activation, layer.id)
 
 
-ON_TOKENS: dict[str, OnTokens] = {"ream": _ream, "mergemoe": _mergemoe}
+def _gram(
+    layer: SparseLayer, statistics: LayerStatistics, _tokens: LayerTokens | None, kept: int, _grouped: Grouped
+) -> Merged:
+    inputs, weights, sets = CriterionInputs(layer.id, statistics), layer.read_experts(), layer.expert_sets
+    limits = Limits.none(weights.num_experts)
+    limits = replace(limits, group_E=torch.arange(weights.num_experts) // (weights.num_experts // sets))
+    grouping = beside(statistics, choose("gram", inputs, kept, limits))
+    leads_E = grouping.leads()
+    chosen = weights.select(grouping.dominant)
+    return Merged(chosen, grouping.expert_to_group.clone(), leads_E.double(), grouping.dominant.clone(), ~leads_E)
+
+
+def beside(statistics: LayerStatistics, kept_K: Tensor) -> Grouping:
+    """Groups led by the kept experts: every other joins the one whose router logits are most like its own."""
+    gram_EE = statistics.logits_gram_EE.double().cpu()
+    norm_E = gram_EE.diagonal().clamp(min=0).sqrt().clamp(min=1e-300)
+    return group_by_dominant(statistics.frequency_E.cpu(), gram_EE / norm_E[:, None] / norm_E[None, :], kept_K)
+
+
+ON_TOKENS: dict[str, OnTokens] = {"ream": _ream, "mergemoe": _mergemoe, "gram": _gram}
 
 
 def _require(layer: SparseLayer, tokens: LayerTokens | None) -> LayerTokens:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from mcsmoe.calibration.tokens import LayerTokens
 from mcsmoe.criteria.quadratic import Limits
 from mcsmoe.criteria.scores import QUADRATICS, CriterionInputs, choose
 from mcsmoe.grouping import plan
-from mcsmoe.grouping.dominant import group_by_dominant
 from mcsmoe.merge.base import Merged
 from mcsmoe.methods import DROPPED
 from mcsmoe.statistics.layer import LayerStatistics
@@ -26,9 +26,9 @@ from mcsmoe.transform.align import Aligner, AlignmentSettings
 from mcsmoe.transform.group import GroupSettings, importance, layer_similarity
 from mcsmoe.transform.layers import SparseLayer
 from mcsmoe.transform.merge import MergeSettings, merge_experts
-from mcsmoe.transform.merge_on_tokens import ON_TOKENS
+from mcsmoe.transform.merge_on_tokens import ON_TOKENS, beside
 from mcsmoe.transform.novices import fit_novices, remainder_sums
-from mcsmoe.transform.refit import RefitReport, Refitting, refit_layer, reroute
+from mcsmoe.transform.refit import RefitReport, Refitting, refit_layer
 from mcsmoe.types import ExpertWeights, Grouping, LayerId, Novices
 
 
@@ -75,6 +75,8 @@ class Reduced:
     table_E: Tensor  # int64: as ``grouping``, but G..G+N-1 for experts that a novice answers for
     deleted_E: Tensor | None = None  # bool: experts whose router rows are gone
     novices: Novices | None = None
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    """By module inside the layer's block, the weight that was refitted with the experts."""
     refit: RefitReport | None = None
 
     def stored(self) -> dict[str, Tensor]:
@@ -82,7 +84,7 @@ class Reduced:
         made = {f"weights.{name}": tensor.contiguous() for name, tensor in self.weights.tensors.items()}
         if self.novices is not None:
             made |= {f"novices.{name}": one.contiguous() for name, one in vars(self.novices).items() if one is not None}
-        return made
+        return made | {f"shared.{name}": tensor.contiguous() for name, tensor in self.shared.items()}
 
     def without_stored(self) -> Reduced:
         """The same with empty tensors in the place of those."""
@@ -95,12 +97,16 @@ class Reduced:
         novices = self.novices
         if novices is not None:
             novices = Novices(**{name: tensors.get(f"novices.{name}") for name in vars(novices)})  # type: ignore[arg-type]
-        return replace(self, weights=weights, novices=novices)
+        shared = {name: tensors[f"shared.{name}"] for name in self.shared}
+        return replace(self, weights=weights, novices=novices, shared=shared)
 
     def install(self, layer: SparseLayer) -> None:
         """Put it in the place of the layer's E experts; a layer that keeps them all stays as it is."""
         if self.grouping.num_groups == self.grouping.num_experts:
             return
+        for name, weight in self.shared.items():
+            place: Any = layer.module.get_submodule(name)
+            place.weight.data.copy_(weight)
         if self.deleted_E is not None:
             layer.drop_experts(self.weights, self.grouping.expert_to_group, self.deleted_E)
         elif self.novices is not None:
@@ -161,10 +167,18 @@ class Reduction:
             return made
         if tokens is None:
             raise ValueError(f"layer {layer.id!r}: the refit needs tokens; give --calibration in place of --statistics")
-        route = None if made.deleted_E is None else reroute(layer)
-        report = refit_layer(layer, tokens, self.refitting, route)
-        weights, novices = layer.read_experts(), layer.read_novices()
-        return Reduced(made.grouping, made.share_E, weights, made.table_E, made.deleted_E, novices, report)
+        report = refit_layer(layer, tokens, self.refitting, reroutes=made.deleted_E is not None)
+        return replace(
+            made,
+            weights=layer.read_experts(),
+            novices=layer.read_novices(),
+            shared=(
+                {report.shared: layer.module.get_submodule(report.shared).weight.detach().clone()}
+                if report.shared
+                else {}
+            ),
+            refit=report,
+        )
 
 
 def _whole(weights: ExpertWeights) -> Reduced:
@@ -199,13 +213,6 @@ def pruned(
     chosen = weights.select(kept_K)
     deleted_E = ~leads_E if pruning.dropped == "delete" else None
     return Reduced(grouping, leads_E.double(), chosen, grouping.expert_to_group.clone(), deleted_E)
-
-
-def beside(statistics: LayerStatistics, kept_K: Tensor) -> Grouping:
-    """Groups led by the kept experts: every other joins the one whose router logits are most like its own."""
-    gram_EE = statistics.logits_gram_EE.double().cpu()
-    norm_E = gram_EE.diagonal().clamp(min=0).sqrt().clamp(min=1e-300)
-    return group_by_dominant(statistics.frequency_E.cpu(), gram_EE / norm_E[:, None] / norm_E[None, :], kept_K)
 
 
 def _with_novices(

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mcsmoe.calibration.observe import observing
-from mcsmoe.calibration.tokens import LayerBatch, LayerTokens
+from mcsmoe.calibration.tokens import LayerTokens
 from mcsmoe.console import log
-from mcsmoe.refit.ridge import RIDGE, SWEEPS, Block, RefitBatch, refit, squared_error
+from mcsmoe.refit.ridge import RIDGES, SWEEPS, Block, RefitBatch, refit
 from mcsmoe.similarity.tokens import hidden
 from mcsmoe.transform.layers import SparseLayer
+from mcsmoe.transform.shared import Probe, probe, shared_projection
 from mcsmoe.types import ExpertActivation, ExpertWeights, Novices, Role
 
 
 @dataclass(frozen=True)
 class Refitting:
-    """How a layer is refitted."""
+    """How a layer is refitted: held-out tokens choose among ``ridges``."""
 
-    ridge: float = RIDGE
+    ridges: tuple[float, ...] = RIDGES
     sweeps: int = SWEEPS
 
 
@@ -33,54 +34,74 @@ class RefitReport:
     fitted_after: float
     held_before: float
     held_after: float
+    ridge: float
     kept: bool
+    shared: str | None = None  # module of the shared output projection that was solved for too
 
 
 @torch.no_grad()
-def refit_layer(
-    layer: SparseLayer,
-    tokens: LayerTokens,
-    refitting: Refitting,
-    route: Callable[[LayerBatch], tuple[Tensor, Tensor]] | None = None,
-) -> RefitReport:
+def refit_layer(layer: SparseLayer, tokens: LayerTokens, refitting: Refitting, reroutes: bool = False) -> RefitReport:
     """Solve for the output projections of a reduced layer, in place, where that helps on held-out tokens.
+
+    A shared expert's is one of them, and what it gave is part of the target.
 
     Args:
         tokens: with what the layer gave before it was reduced as target.
-        route: expert indices and combine weights as the layer now routes; None: as the tokens say.
+        reroutes: the layer routes otherwise than the tokens say, and is asked how.
     """
     weights, activation = layer.read_experts(), layer.activation
     table, novices = layer.expert_to_group, layer.read_novices()
     blocks = expert_blocks(weights, activation) + ([] if novices is None else novice_blocks(novices))
+    shared = _Shared.of(layer, tokens)
     fitted: list[RefitBatch] = []
     held: list[RefitBatch] = []
     for batch in tokens.batches():
-        index_TK, gate_TK = (batch.index_TK, batch.weights_TK) if route is None else route(batch)
+        index_TK, gate_TK, inputs_TD, target_TD = batch.index_TK, batch.weights_TK, batch.inputs_TD, batch.target_TD
+        if reroutes or shared is not None:
+            seen = probe(layer, inputs_TD, None if shared is None else shared.name)
+            if reroutes:
+                index_TK, gate_TK = seen.index_TK, seen.gate_TK
         slot_TK = torch.where(index_TK < 0, -1, table.to(index_TK.device)[index_TK.clamp(min=0)])
-        made = RefitBatch.of(batch.inputs_TD, batch.target_TD, slot_TK, gate_TK, len(blocks))
+        if shared is not None:
+            # Its features are not a function of the inputs that is at hand, so they come along with these.
+            hidden_TP, factor_T = shared.seen(seen, inputs_TD)
+            slot_TK = torch.cat([slot_TK, torch.full_like(slot_TK[:, :1], len(blocks))], dim=1)
+            gate_TK = torch.cat([gate_TK, factor_T[:, None].to(gate_TK)], dim=1)
+            given_TD = hidden_TP.to(target_TD) @ shared.weight_DP.to(target_TD).T
+            target_TD = target_TD + given_TD * factor_T[:, None].to(target_TD)
+            inputs_TD = torch.cat([inputs_TD, hidden_TP.to(inputs_TD)], dim=1)
+        made = RefitBatch.of(inputs_TD, target_TD, slot_TK, gate_TK, len(blocks) + (shared is not None))
         (held if batch.held_out else fitted).append(made)
     if not fitted:
         raise ValueError(f"layer {layer.id!r}: there are no tokens to refit on; give more calibration text")
-    found = refit(blocks, fitted, refitting.ridge, refitting.sweeps, layer.id)
-    before = squared_error(blocks, held, [block.weight_DP for block in blocks])
-    after = squared_error(blocks, held, found.weights)
-    # Without held-out tokens there is nothing that says no.
-    kept = after < before if held else found.after < found.before
-    if kept:
+    if shared is not None:
+        blocks = [replace(block, features=_first(block.features, weights.d_model)) for block in blocks]
+        blocks.append(Block(lambda wide_NW: wide_NW[:, weights.d_model :], shared.weight_DP))
+    found = refit(blocks, fitted, held, refitting.ridges, refitting.sweeps, layer.id)
+    if found.helps:
+        if shared is not None:
+            shared.write(found.weights[-1])
         new = _with_outputs(weights, found.weights)
         if novices is None:
             layer.write_experts(new)
         else:
-            answers = _with_answers(novices, found.weights[weights.num_experts :])
-            layer.write_novices(new, table, answers)
+            last = weights.num_experts + novices.spec.count
+            layer.write_novices(new, table, _with_answers(novices, found.weights[weights.num_experts : last]))
     targets = [sum(float(batch.target_TD.double().square().sum()) for batch in part) or 1.0 for part in (fitted, held)]
     report = RefitReport(
-        found.before / targets[0], found.after / targets[0], before / targets[1], after / targets[1], kept
+        fitted_before=found.before / targets[0],
+        fitted_after=found.after / targets[0],
+        held_before=found.held_before / targets[1],
+        held_after=found.held_after / targets[1],
+        ridge=found.ridge,
+        kept=found.helps,
+        shared=shared.name if shared is not None and found.helps else None,
     )
     log.info(
-        "%s: refit %s; relative squared error %.4f to %.4f, on held-out tokens %.4f to %.4f",
+        "%s: refit %s, ridge %g; relative squared error %.4f to %.4f, on held-out tokens %.4f to %.4f",
         layer.id,
-        "kept" if kept else "not kept",
+        "kept" if report.kept else "not kept",
+        report.ridge,
         report.fitted_before,
         report.fitted_after,
         report.held_before,
@@ -148,13 +169,35 @@ def _with_answers(novices: Novices, solved: Sequence[Tensor]) -> Novices:
     return Novices(constant_ND, torch.stack([weight_DP[:, :-1] for weight_DP in solved]), novices.v_NRD)
 
 
-def reroute(layer: SparseLayer) -> Callable[[LayerBatch], tuple[Tensor, Tensor]]:
-    """How the layer routes now, asked of the layer itself: its block runs alone on the tokens."""
+def _first(features: Callable[[Tensor], Tensor], width: int) -> Callable[[Tensor], Tensor]:
+    """``features`` of the first columns of what is given."""
+    return lambda wide_NW: features(wide_NW[:, :width])
 
-    def route(batch: LayerBatch) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), layer.adapter.capture(layer.model) as captured, observing(layer.id, layer.module) as seen:
-            layer.module(batch.inputs_TD[None])
-            found = captured.batches[layer.id]
-            return found.chosen_TK, seen.take(found).weights_TK
 
-    return route
+@dataclass(frozen=True)
+class _Shared:
+    """The output projection of the shared expert of a layer."""
+
+    layer: SparseLayer
+    name: str
+    weight_DP: Tensor
+
+    @classmethod
+    def of(cls, layer: SparseLayer, tokens: LayerTokens) -> _Shared | None:
+        """None where the layer has none that could be solved for."""
+        first = next(iter(tokens.batches()), None)
+        name = None if first is None else shared_projection(layer, first.inputs_TD)
+        if first is None or name is None:
+            return None
+        return cls(layer, name, layer.module.get_submodule(name).weight.detach().clone())
+
+    def seen(self, found: Probe, inputs_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """What it reads [T, P] and is multiplied with [T]; nothing where that could not be told."""
+        if found.hidden_TP is None or found.factor_T is None:
+            return inputs_TD.new_zeros(len(inputs_TD), self.weight_DP.shape[1]), inputs_TD.new_zeros(len(inputs_TD))
+        return found.hidden_TP, found.factor_T
+
+    def write(self, weight_DP: Tensor) -> None:
+        """Put a new projection in its place."""
+        place: Any = self.layer.module.get_submodule(self.name)
+        place.weight.data.copy_(weight_DP)

@@ -1,0 +1,167 @@
+"""How many experts and how many bits fit into a given size, and which of the ways loses least by what is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mcsmoe.compress.quantise import dequantise, packed_bytes, quantise
+from mcsmoe.criteria.quadratic import Limits
+from mcsmoe.criteria.scores import CriterionInputs, choose
+from mcsmoe.grouping.budget import predicted
+from mcsmoe.similarity.tokens import hidden, output
+from mcsmoe.statistics.layer import LayerStatistics
+from mcsmoe.transform.budget import energy, relative_curve
+from mcsmoe.transform.layers import Layers, SparseLayer
+from mcsmoe.types import LayerId, Role
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One way to come down to a size."""
+
+    budget: str
+    experts: int  # on average
+    bits: int | None  # None: as they are stored
+    bytes: int
+    pruned: float  # predicted squared change of the layers' outputs, over the residual stream's, summed over layers
+    rounded: float  # the same of rounding
+
+    @property
+    def error(self) -> float:
+        """What both change together."""
+        return self.pruned + self.rounded
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a checkpoint: what is not of a single expert, the files' headers, and by layer what one expert takes.
+
+    ``packed`` is by number of bits, where experts can be packed.
+    """
+
+    fixed: int
+    headers: int
+    stored: Mapping[LayerId, int]
+    packed: Mapping[int, Mapping[LayerId, int]]
+
+    @classmethod
+    def of(cls, layers: Layers, total: int, headers: int, group: int | None, bits: Sequence[int]) -> Sizes:
+        """From the structure of the layers.
+
+        Args:
+            total: bytes of all weights.
+            headers: bytes of the files beside these.
+            group: entries that share a scale; None: experts cannot be packed.
+        """
+        stored: dict[LayerId, int] = {}
+        packed: dict[int, dict[LayerId, int]] = {one: {} for one in bits if group is not None}
+        for layer in layers.ids:
+            structure = layers.structure(layer)
+            weights, router = structure.read_experts(), structure.read_router()
+            row = router.weight_ED[0].nbytes + (0 if router.bias_E is None else router.bias_E[0].nbytes)
+            stored[layer] = row + sum(tensor[0].nbytes for tensor in weights.tensors.values())
+            for one, sizes in packed.items():
+                assert group is not None
+                sizes[layer] = row
+                for name, tensor in weights.tensors.items():
+                    matrix = weights.roles[name] in (Role.INPUT, Role.OUTPUT)
+                    shape, wide = tuple(tensor.shape[1:]), tensor.element_size()
+                    sizes[layer] += packed_bytes(shape, wide, one, group) if matrix else tensor[0].nbytes
+        every = sum(stored[layer] * layers.structure(layer).num_experts for layer in layers.ids)
+        return cls(total - every, headers, stored, packed)
+
+    def bytes(self, counts: Mapping[LayerId, int], bits: int | None) -> int:
+        """Bytes of the weights with that many experts in each layer."""
+        each = self.stored if bits is None else self.packed[bits]
+        return self.fixed + sum(each[layer] * count for layer, count in counts.items())
+
+    def at_most(self, counts: Mapping[LayerId, int], bits: int | None) -> int:
+        """Bytes that the files may have: a packed matrix is three tensors in their headers."""
+        return self.bytes(counts, bits) + self.headers * (1 if bits is None else 3)
+
+
+@torch.no_grad()
+def rounding_errors(
+    layer: SparseLayer, statistics: LayerStatistics, bits: Sequence[int], group: int
+) -> dict[int, Tensor]:
+    """By bits, float64 [E]: squared change of each expert's gated outputs over all its tokens when it is rounded.
+
+    Measured on the tokens that are kept of it. Errors of two experts are taken to have nothing in common.
+    """
+    weights, reservoir = layer.read_experts(), statistics.reservoir
+    if reservoir is None:
+        raise ValueError(f"layer {layer.id!r}: the statistics hold no tokens; collect them with --reservoir 1 or more")
+    inputs_ESD = reservoir.input_ESD.to(next(iter(weights.tensors.values())).device)
+    kept_E = reservoir.count_E.to(inputs_ESD.device)
+    mask_ES = torch.arange(inputs_ESD.shape[1], device=kept_E.device) < kept_E[:, None]
+    gate_ES = torch.where(mask_ES, reservoir.gate_ES.to(kept_E.device).double(), 0.0)
+    stands_E = statistics.computed_E.to(kept_E.device).double() / kept_E.clamp(min=1)
+    exact_ESD = output(weights, hidden(weights, inputs_ESD, layer.activation))
+    made = {}
+    for one in bits:
+
+        def rounded(name: str, tensor: Tensor, one: int = one) -> Tensor:
+            if weights.roles[name] not in (Role.INPUT, Role.OUTPUT):
+                return tensor
+            return dequantise(*quantise(tensor.flatten(0, 1), one, group)).view_as(tensor)
+
+        coarse = weights.map(rounded)
+        change_ESD = output(coarse, hidden(coarse, inputs_ESD, layer.activation)) - exact_ESD
+        square_ES = change_ESD.double().square().sum(dim=2) * gate_ES.square()
+        made[one] = (square_ES.sum(dim=1) * stands_E).cpu()
+    return made
+
+
+def alternatives(
+    layers: Layers,
+    statistics: Mapping[LayerId, LayerStatistics],
+    target: int,
+    sizes: Sizes,
+    budgets: Sequence[str],
+    limits: Mapping[LayerId, Limits],
+    criterion: str = "gram",
+    fewest: int = 1,
+    group: int | None = None,
+) -> list[Alternative]:
+    """The ways to come down to ``target`` bytes, each with as many experts as fit, the smallest predicted error first.
+
+    Args:
+        budgets: ``uniform``, ``predicted``, or both; packed experts are the same number in every layer.
+        limits: of every layer.
+        fewest: experts that every layer keeps at least.
+
+    Raises:
+        ValueError: not even the fewest experts in the fewest bits fit; names the size that would.
+    """
+    curves = {layer: relative_curve(layer, statistics[layer], criterion, limits[layer], fewest) for layer in layers.ids}
+    numbers = limits[layers.ids[0]].numbers(fewest)
+    usable = [k for k in numbers if all(k < len(curve) and torch.isfinite(curve[k]) for curve in curves.values())]
+    rounding: dict[LayerId, dict[int, Tensor]] = {}
+    for layer in layers.ids if group is not None and sizes.packed else ():
+        with layers.open(layer) as opened:
+            rounding[layer] = rounding_errors(opened, statistics[layer], list(sizes.packed), group or 0)
+    found: list[Alternative] = []
+    least = None
+    for budget in budgets:
+        for bits in (None, *(sizes.packed if budget == "uniform" else ())):
+            for kept in sorted(usable, reverse=True):
+                counts = dict.fromkeys(layers.ids, kept) if budget == "uniform" else predicted(curves, kept)
+                size = sizes.at_most(counts, bits)
+                least = size if least is None else min(least, size)
+                if size > target:
+                    continue
+                pruned = sum(float(curves[layer][count]) for layer, count in counts.items())
+                rounded = 0.0
+                for layer, count in counts.items() if bits is not None else ():
+                    inputs = CriterionInputs(layer, statistics[layer])
+                    kept_K = choose(criterion, inputs, count, limits[layer])
+                    rounded += float(rounding[layer][bits or 0][kept_K].sum()) / energy(statistics[layer])
+                found.append(Alternative(budget, kept, bits, sizes.bytes(counts, bits), pruned, rounded))
+                break
+    if not found:
+        raise ValueError(f"nothing comes down to {target / 1e9:.3f} GB: the least is {(least or 0) / 1e9:.3f} GB")
+    return sorted(found, key=lambda one: one.error)
