@@ -174,9 +174,8 @@ def _trained(model: nn.Module, adapter: Adapter, healing: Healing) -> Iterator[N
     for layer in adapter.layers(model):
         block = model.get_submodule(layer)
         found = experts_of(block)
-        for name, module in block.named_modules():
-            if module is found:
-                experts |= {f"{layer}.{name}.{inner}" for inner, _ in module.named_parameters()}
+        own = set() if found is None else {id(parameter) for parameter in found.parameters()}
+        experts |= {f"{layer}.{name}" for name, parameter in block.named_parameters() if id(parameter) in own}
     adapted: list[nn.Module] = []
     if healing.train == "adapters":
         generator = torch.Generator().manual_seed(healing.seed)

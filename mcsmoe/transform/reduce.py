@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from mcsmoe.transform.merge import MergeSettings, merge_experts
 from mcsmoe.transform.merge_on_tokens import ON_TOKENS, beside
 from mcsmoe.transform.novices import fit_novices, remainder_sums
 from mcsmoe.transform.refit import RefitReport, Refitting, refit_layer
+from mcsmoe.transform.shared import shared_weight
 from mcsmoe.types import ExpertWeights, Grouping, LayerId, Novices
 
 
@@ -105,8 +105,7 @@ class Reduced:
         if self.grouping.num_groups == self.grouping.num_experts:
             return
         for name, weight in self.shared.items():
-            place: Any = layer.module.get_submodule(name)
-            place.weight.data.copy_(weight)
+            shared_weight(layer, name).copy_(weight)
         if self.deleted_E is not None:
             layer.drop_experts(self.weights, self.grouping.expert_to_group, self.deleted_E)
         elif self.novices is not None:
@@ -172,11 +171,7 @@ class Reduction:
             made,
             weights=layer.read_experts(),
             novices=layer.read_novices(),
-            shared=(
-                {report.shared: layer.module.get_submodule(report.shared).weight.detach().clone()}
-                if report.shared
-                else {}
-            ),
+            shared={name: shared_weight(layer, name).clone() for name in (report.shared,) if name is not None},
             refit=report,
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from mcsmoe.console import log
 from mcsmoe.refit.ridge import RIDGES, SWEEPS, Block, RefitBatch, refit
 from mcsmoe.similarity.tokens import hidden
 from mcsmoe.transform.layers import SparseLayer
-from mcsmoe.transform.shared import Probe, probe, shared_projection
+from mcsmoe.transform.shared import Probe, probe, shared_projection, shared_weight
 from mcsmoe.types import ExpertActivation, ExpertWeights, Novices, Role
 
 
@@ -189,7 +188,7 @@ class _Shared:
         name = None if first is None else shared_projection(layer, first.inputs_TD)
         if first is None or name is None:
             return None
-        return cls(layer, name, layer.module.get_submodule(name).weight.detach().clone())
+        return cls(layer, name, shared_weight(layer, name).clone())
 
     def seen(self, found: Probe, inputs_TD: Tensor) -> tuple[Tensor, Tensor]:
         """What it reads [T, P] and is multiplied with [T]; nothing where that could not be told."""
@@ -199,5 +198,4 @@ class _Shared:
 
     def write(self, weight_DP: Tensor) -> None:
         """Put a new projection in its place."""
-        place: Any = self.layer.module.get_submodule(self.name)
-        place.weight.data.copy_(weight_DP)
+        shared_weight(self.layer, self.name).copy_(weight_DP)

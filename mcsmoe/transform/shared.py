@@ -88,3 +88,10 @@ def _of_tokens(output: Any, inputs_TD: Tensor) -> Tensor | None:
         if isinstance(leaf, Tensor) and leaf.numel() == inputs_TD.numel() and leaf.shape[-1] == inputs_TD.shape[1]:
             return leaf.reshape(inputs_TD.shape)
     return None
+
+
+def shared_weight(layer: SparseLayer, projection: str) -> Tensor:
+    """The weight [D, P] of the shared output projection, itself and no copy."""
+    found: Any = layer.module.get_submodule(projection)
+    weight: Tensor = found.weight.data
+    return weight
