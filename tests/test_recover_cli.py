@@ -46,7 +46,17 @@ def distance(folder: Path, full: Path) -> float:
 @pytest.mark.parametrize("what", HEALED)
 def test_what_is_asked_for_is_trained_and_nothing_else(what: str, start: str, place: Path, tmp_path: Path) -> None:
     given = ("--teacher", place / "full", "--text", place / "text.jsonl", "--batch-size", 8, "--steps", 12)
-    run("recover", place / start, *given, "--train", what, "--learning-rate", 5e-3 if what == "all" else 2e-2, "--out", tmp_path / "healed")
+    run(
+        "recover",
+        place / start,
+        *given,
+        "--train",
+        what,
+        "--learning-rate",
+        5e-3 if what == "all" else 2e-2,
+        "--out",
+        tmp_path / "healed",
+    )
     before, after = state(place / start), state(tmp_path / "healed")
     assert before.keys() == after.keys()
     assert all(before[name].dtype == after[name].dtype for name in before)

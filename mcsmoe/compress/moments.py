@@ -2,8 +2,8 @@
 
 The mean of x x' over n tokens is unbiased, and useless where n is near the width: a decomposition trusts directions that
 were met by chance. It is therefore mixed with a target, with the share that makes the expected squared error least (Ledoit
-and Wolf, Journal of Multivariate Analysis 88, 2004): what all experts receive together for one expert, and a multiple of
-the identity for these together.
+and Wolf, Journal of Multivariate Analysis 88, 2004): for what an expert reads, what all experts receive together, itself
+mixed with a multiple of the identity; for its hidden activations, whose neurons are its own, that multiple alone.
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def shrunken(samples: Sequence[Tensor], exact_Gii: Tensor | None = None, tokens_G: Tensor | None = None) -> Tensor:
+def shrunken(
+    samples: Sequence[Tensor],
+    exact_Gii: Tensor | None = None,
+    tokens_G: Tensor | None = None,
+    alike: bool = True,
+) -> Tensor:
     """Float64 [G, i, i]: the second moment of each group's inputs, shrunken towards that of all.
 
     Args:
         samples: by group, inputs [N_g, i].
+        alike: whether dimension n of one group's inputs is dimension n of another's, as it is for what a layer reads, and
+            not for hidden neurons: these are shrunken towards a multiple of the identity alone.
         exact_Gii: sums of x x' over all tokens of each group, where they are known; the samples then only say how much
             such a sum varies.
         tokens_G: how many tokens those are.
@@ -41,9 +48,13 @@ def shrunken(samples: Sequence[Tensor], exact_Gii: Tensor | None = None, tokens_
     fourth = float(share_G.cpu() @ torch.tensor(fourths, dtype=torch.float64))
     identity_ii = torch.eye(width, dtype=torch.float64, device=device) * pooled_ii.diagonal().mean()
     pooled_ii = _mixed(pooled_ii, identity_ii, fourth, float(given_G.sum()))
+
+    def target(moment_ii: Tensor) -> Tensor:
+        return pooled_ii if alike else torch.eye(width).to(moment_ii) * moment_ii.diagonal().mean()
+
     return torch.stack(
         [
-            _mixed(moment_ii, pooled_ii, fourth, tokens) if tokens else pooled_ii
+            _mixed(moment_ii, target(moment_ii), fourth, tokens) if tokens else target(pooled_ii)
             for moment_ii, fourth, tokens in zip(moment_Gii, fourths, given_G.tolist(), strict=True)
         ]
     )

@@ -123,7 +123,7 @@ def input_grams(layer: SparseLayer, statistics: LayerStatistics) -> dict[str, Te
     count_G = torch.stack([statistics.computed_E[experts].double().sum() for experts in members]).cpu()
     routed = [torch.cat([tokens[expert] for expert in experts]) for experts in members]
     hidden = [weights.hidden(group, routed_TD, activation) for group, routed_TD in enumerate(routed)]
-    found = {Role.OUTPUT: shrunken(hidden)}
+    found = {Role.OUTPUT: shrunken(hidden, alike=False)}
     if statistics.input_gram_EDD is None:
         found[Role.INPUT] = shrunken(routed)
     else:
