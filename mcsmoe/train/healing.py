@@ -174,8 +174,8 @@ def _trained(model: nn.Module, adapter: Adapter, healing: Healing) -> Iterator[N
     for layer in adapter.layers(model):
         block = model.get_submodule(layer)
         found = experts_of(block)
-        own = set() if found is None else {id(parameter) for parameter in found.parameters()}
-        experts |= {f"{layer}.{name}" for name, parameter in block.named_parameters() if id(parameter) in own}
+        inside = set() if found is None else {id(parameter) for parameter in found.parameters()}
+        experts |= {f"{layer}.{name}" for name, parameter in block.named_parameters() if id(parameter) in inside}
     adapted: list[nn.Module] = []
     if healing.train == "adapters":
         generator = torch.Generator().manual_seed(healing.seed)
