@@ -16,6 +16,8 @@ from mcsmoe.refusals import check_numbers, users_error
 
 T = TypeVar("T")
 log = logging.getLogger("mcsmoe")
+command: str | None = None
+"""The command that is being run, as it was typed; the card of what it writes says it."""
 
 _BAR_SECONDS = 1.0  # between two redraws on a terminal
 _LINE_SECONDS = 20.0  # between two lines where the output is a file

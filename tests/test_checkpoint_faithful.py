@@ -223,7 +223,9 @@ def test_layers_for_prediction_are_kept_where_they_fit_and_named_where_not(
     assert held(tmp_path / "dense") == count
     assert config_of(tmp_path / "dense")["num_nextn_predict_layers"] == 1
     caplog.clear()
-    stock(Streamed(tmp_path / "merged"), tmp_path / "stock", text(), fold="mean")
+    source = Streamed(tmp_path / "merged")
+    source.prediction = "drop"
+    stock(source, tmp_path / "stock", text(), fold="mean")
     assert held(tmp_path / "stock") == 0
     assert config_of(tmp_path / "stock")["num_nextn_predict_layers"] == 0
     assert f"left out {PREDICTION}.*" in caplog.text
@@ -282,7 +284,7 @@ def test_companions_are_copied_as_they_are(tmp_path: Path) -> None:
     merge(Streamed(folder), tmp_path / "out")
     files = {file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*") if file.is_file()}
     ours = {"config.json", "generation_config.json", "model.safetensors", "SHA256SUMS"}
-    assert files == {*names, *ours}
+    assert files == {*names, *ours, "README.parent.md"}  # the result has a card of its own
     assert all((tmp_path / "out" / name).read_bytes() == name.encode() for name in names)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 
 SUMS = "SHA256SUMS"
+CARD = "README.md"
+"""The model card: for people, who change it, so that no list has its digest."""
 SEAL = "mcsmoe_sha256"
 """Metadata entry of a single file: the SHA-256 of the file with this entry's 64 digits at zero."""
 UNSEALED = "0" * 64
@@ -95,7 +97,7 @@ def write_sums(folder: Path, known: Mapping[str, str] | None = None) -> None:
         files = {
             file.relative_to(folder).as_posix(): file
             for file in folder.rglob("*")
-            if file.is_file() and file.name != SUMS and not file.name.startswith(".")
+            if file.is_file() and file.name not in (SUMS, CARD) and not file.name.startswith(".")
         }
         sums = {name: sums.get(name) or digest_file(file) for name, file in files.items()}
     if not sums:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.tensors import TensorInfo
+from mcsmoe.checkpoint.card import Parent, write_card
+from mcsmoe.checkpoint.prediction import Kept
 from mcsmoe.checkpoint.quantised.settings import plain_modules
 from mcsmoe.checkpoint.save import own_tensors, specs_of, write_folder
 from mcsmoe.checkpoint.spool import Spool
@@ -85,12 +87,12 @@ def _write(source: Streamed, folder: Path, spool: Spool, provenance: dict[str, A
                 parts.add(name, spool.infos[name], spool.read)
             elif not parts.keep(name):
                 parts.add(name, TensorInfo.of(tensor), source.read)
-        for name in kept:
-            parts.keep_stored(name)
+        parts.keep_unplaced(kept)
         source.copy_companions(folder)
         write_folder(
-            folder, source.model, parts.infos, parts.read, provenance, shard_bytes, config, kept, parts.settings()
+            folder, source.model, parts.infos, parts.read, provenance, shard_bytes, config, kept.infos, parts.settings()
         )
+        write_card(folder, provenance, Parent.of(source.folder))
         return
     # A stock result has the names and shapes in which the family is published, and its files' own where nothing changed.
     with Spool.inside(folder, ".published") as published:
@@ -102,13 +104,15 @@ def _write(source: Streamed, folder: Path, spool: Spool, provenance: dict[str, A
         for name, info in published.infos.items():
             parts.add(name, info, published.read)
         rest = [one for name in whole if name not in spool.infos for one in source.names.units[name]]
-        for name in dict.fromkeys([*rest, *kept]):
+        for name in dict.fromkeys(rest):
             parts.keep_stored(name)
+        parts.keep_unplaced(kept)
         settings = parts.settings()
         if settings is not None and source.quantised is not None:
             config = source.quantised.settings.replaced(config, settings)
         source.copy_companions(folder)
-        write_folder(folder, source.model, parts.infos, parts.read, provenance, shard_bytes, config, kept)
+        write_folder(folder, source.model, parts.infos, parts.read, provenance, shard_bytes, config, kept.infos)
+    write_card(folder, provenance, Parent.of(source.folder))
 
 
 class _Parts:
@@ -137,6 +141,15 @@ class _Parts:
             self._read[renamed(part)] = partial(files.read, part)
         if quantised is not None and stored in quantised.quantised:
             self._kept.add(stored)
+
+    def keep_unplaced(self, kept: Kept) -> None:
+        """What has no place in the model: as it is stored, or the experts that are left of it."""
+        for name, info in kept.infos.items():
+            stored, chosen = kept.sources[name]
+            if chosen is None:
+                self.keep_stored(stored, partial(kept.renamed, name))
+            else:
+                self.add(name, info, partial(kept.read, read=self.source.tensors.read))
 
     def keep(self, name: str) -> bool:
         """The same for a tensor by the model's name; False where it is not stored in the parts of one tensor."""

@@ -20,6 +20,7 @@ from mcsmoe.artefacts.tensors import INDEX, SHARD_BYTES, TensorFolder, TensorInf
 from mcsmoe.artefacts.writing import by_alignment, write_tensors
 from mcsmoe.checkpoint import fields
 from mcsmoe.checkpoint import format as compact
+from mcsmoe.checkpoint.card import write_card
 from mcsmoe.checkpoint.lineage import ANCESTORS, PROVENANCE, WEIGHTS
 from mcsmoe.modules import RedirectedExperts
 from mcsmoe.types import LayerId, LayerSpec
@@ -112,6 +113,8 @@ def save_model(
             config = true_ties(model, fields.config_of(model))
             write_folder(folder, model, infos, tensors.__getitem__, provenance, shard_bytes, config)
         fields.write_generation(model, folder)
+        if provenance is not None:
+            write_card(folder, provenance)
 
 
 def save_pretrained(

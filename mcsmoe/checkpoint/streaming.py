@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.artefacts.digests import check_sums, digest_files
-from mcsmoe.artefacts.tensors import SHARD_BYTES, TensorFolder, TensorInfo
+from mcsmoe.artefacts.tensors import SHARD_BYTES, TensorFolder
 from mcsmoe.checkpoint import fields, leftovers
 from mcsmoe.checkpoint import format as compact
 from mcsmoe.checkpoint.absent import forget, nothing_empty
@@ -25,6 +25,7 @@ from mcsmoe.checkpoint.companions import copy_companions
 from mcsmoe.checkpoint.lineage import ANCESTORS, lineage
 from mcsmoe.checkpoint.load import compact_weights, resolve
 from mcsmoe.checkpoint.names import NameMap
+from mcsmoe.checkpoint.prediction import Kept, keep
 from mcsmoe.checkpoint.quantised.folder import Dequantised
 from mcsmoe.checkpoint.quantised.settings import without_quantisation
 from mcsmoe.checkpoint.rewriting import rewrite
@@ -42,6 +43,7 @@ class Streamed:
         model: structure; weights are there only where ``load`` brought them in.
         adapter: of the model's family.
         specs: structure of every merged or compressed layer; empty for a stock checkpoint.
+        prediction: what becomes of layers for multi-token prediction in results: ``keep`` or ``drop``.
 
     Raises:
         ValueError: not a checkpoint, or one with a file that is truncated, altered or foreign; names it.
@@ -49,6 +51,7 @@ class Streamed:
 
     def __init__(self, path: str | Path) -> None:
         self.folder = resolve(path)
+        self.prediction = "keep"
         check_sums(self.folder, lambda name: not name.endswith(".safetensors"))
         self.config = compact.read_config(self.folder)
         self.compact = compact.SECTION in self.config
@@ -322,15 +325,20 @@ class Streamed:
         """
         rewrite(self, out, change, provenance, self.layers if layers is None else layers, extra, shard_bytes)
 
-    def keep_unplaced(self, config: dict[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, Any]]:
-        """What has no place in the model and goes into a result all the same, and the result's ``config`` made true of it."""
-        counts = fields.experts_by_path(config), fields.experts_by_path(fields.source_fields(self.config))
-        kept = leftovers.kept(self.unplaced, counts[0] != counts[1], self.model.config)
-        going = [name for name in self.unplaced if name not in kept]
-        leftovers.say_left_out(self.folder, going, "it has experts of its own, which do not have the new number")
-        if any(leftovers.is_prediction(name, self.model.config) for name in going):
-            config = leftovers.without_prediction(config)
-        return kept, config
+    def keep_unplaced(self, config: dict[str, Any]) -> tuple[Kept, dict[str, Any]]:
+        """What has no place in the model and goes into a result all the same, and the result's ``config`` made true of it.
+
+        Layers for multi-token prediction get as many experts as the others have, unless ``prediction`` is ``drop``.
+        """
+        return keep(
+            self.folder,
+            self.unplaced,
+            (fields.source_fields(self.config), config),
+            self.model.config,
+            sets=self.adapter.expert_sets(self.model, self.layers[0]),
+            read=self.tensors.read,
+            drop=self.prediction == "drop",
+        )
 
     def overwrite(self, tensors: Mapping[str, Tensor]) -> None:
         """Change tensors in the files of a stock checkpoint that is still being made.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mcsmoe.console import log
+
+if TYPE_CHECKING:
+    from mcsmoe.checkpoint.streaming import Streamed
 
 GROUPS = "groups.parquet"
 """Who led whom: beside the weights of every merged checkpoint."""
@@ -33,3 +38,15 @@ def say_size(source: Path, out: Path, first: str = "") -> None:
     log.info(
         "%s: %s%.1f MB of weights, from %.1f MB (%s)", out, first, after / 1e6, before / 1e6, f"{after / before:.1%}"
     )
+
+
+def say_engines(source: Streamed, experts: Iterable[int]) -> None:
+    """Say, before any work, what serving engines make of ``experts`` in the layers, where they do not of the source's."""
+    from mcsmoe.checkpoint.engines import notes
+
+    now = [source.adapter.num_experts(source.model, layer) for layer in source.layers]
+    counts = list(experts)
+    known = notes(source.config, now, now)
+    for note in notes(source.config, counts, counts):
+        if note not in known:
+            log.warning("%s", note)

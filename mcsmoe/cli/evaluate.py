@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--domain-column", metavar="NAME", help="field of the rows that names their domain")
     parser.add_argument("--out", type=Path, metavar="TABLE.parquet", help="also write the scores of every document")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    parser.add_argument(
+        "--card", action="store_true", help="also write the losses by domain into the model's README.md"
+    )
     parser.add_argument("--samples", type=int, help="score this many rows at random; all without it")
     parser.add_argument("--batch-size", type=int, default=16, help="rows per forward pass")
     parser.add_argument("--max-tokens", type=int, default=1024, help="tokens of a row that are scored, per side")
@@ -64,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from mcsmoe.artefacts.tables import frame_of, write_table
     from mcsmoe.calibration.scores import score
+    from mcsmoe.checkpoint.card import check_card, write_losses
     from mcsmoe.checkpoint.streaming import Streamed
     from mcsmoe.console import log
     from mcsmoe.evaluate.language import by_domain, in_words
@@ -71,6 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     passing = options.pass_options(arguments)
     source = Streamed(arguments.model)
+    if arguments.card:
+        check_card(source.folder)
     reference = None if arguments.reference is None else Streamed(arguments.reference)
     documents = _documents(source, arguments)
     rows = score(source, documents, passing, arguments.batch_size, reference)
@@ -78,10 +84,13 @@ def run(arguments: argparse.Namespace) -> None:
     frame = frame_of(rows, "language")
     if out is not None:
         write_table(out, frame, "language")
-    for one in by_domain(frame, seed=arguments.seed):
-        log.info("%s", in_words(one))
-    if said is not None:
-        log.info("%s", said)
+    lines = [in_words(one) for one in by_domain(frame, seed=arguments.seed)]
+    lines += [] if said is None else [said]
+    for line in lines:
+        log.info("%s", line)
+    if arguments.card:
+        against = "" if reference is None else f", beside `{reference.folder.name}`"
+        write_losses(source.folder, [f"On `{arguments.text.name}`{against}:", "", *(f"- {line}" for line in lines)])
 
 
 def _run_on(

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="checkpoint folder, merged or compressed")
     parser.add_argument("--form", choices=FORMS, required=True, help="what to write")
     options.add_out(parser)
+    options.add_prediction(parser)
     options.add_calibration(parser)
     group = parser.add_argument_group("form stock")
     group.add_argument(
@@ -58,13 +59,14 @@ def run(arguments: argparse.Namespace) -> None:
     options.prepare(arguments)
     from mcsmoe.calibration.passes import padding_known
     from mcsmoe.checkpoint.streaming import Streamed
-    from mcsmoe.cli._outputs import copy_groups, say_size
+    from mcsmoe.cli._outputs import copy_groups, say_engines, say_size
     from mcsmoe.console import log
     from mcsmoe.export.change import gives_logits, logits_change, require_logits, states_change
-    from mcsmoe.export.forms import dense, exact, stock
+    from mcsmoe.export.forms import dense, exact, stock, uniform_groups
     from mcsmoe.export.recovery import RouterRecovery
 
     source = Streamed(arguments.model)
+    source.prediction = arguments.mtp
     if arguments.form == "exact":
         exact(source, arguments.out)
         copy_groups(source.folder, arguments.out)
@@ -74,6 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--recover trains routers on text; give --calibration FILE")
     if arguments.form == "stock":
         require_logits(source.model, source.folder, "the stock form is chosen and measured by them")
+        say_engines(source, [uniform_groups(source)])
     probe = _probe(source, arguments)
     if arguments.form == "dense":
         dense(source, arguments.out)

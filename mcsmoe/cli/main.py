@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Protocol, cast
@@ -61,7 +63,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``mcsmoe``; exit status 1 for an error of the user's, with one message."""
     arguments = parser().parse_args(argv)
-    console.run(_run, arguments)
+    console.command = shlex.join(["mcsmoe", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        console.run(_run, arguments)
+    finally:
+        console.command = None
 
 
 def _run(arguments: argparse.Namespace) -> None:

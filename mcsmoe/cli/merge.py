@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="stock checkpoint folder, or a model on the hub")
     parser.add_argument("--experts", type=int, required=True, help="experts to keep per layer, on average")
     options.add_out(parser)
+    options.add_prediction(parser)
     options.add_statistics(parser)
     group = parser.add_argument_group("method")
     add_method(group, _FIELDS, start="msmoe")
@@ -104,17 +105,21 @@ def _reduce(arguments: argparse.Namespace) -> None:
     from mcsmoe.checkpoint.streaming import Streamed
     from mcsmoe.cli import _reduce
     from mcsmoe.cli._calibrated import Calibrated
+    from mcsmoe.cli._outputs import say_engines
     from mcsmoe.transform.reduce import Merging, Reduction
 
     merging = record(Merging, arguments, merge=arguments.method)
     refitting = options.refitting(arguments)
     source = Streamed(arguments.model)
+    source.prediction = arguments.mtp
     _reduce.check_whole(source)
     arguments.remove = None
     drops = (MERGES | MERGES_ON_TOKENS)[arguments.method].drops
     packing = _reduce.packing(source, arguments, drops)
     calibrated = Calibrated(source, arguments)
     counts = _reduce.counts(calibrated, drops)
+    if drops:
+        say_engines(source, counts.values())
     settings = {name: getattr(arguments, name) for name in (*_SETTINGS, "refit", "ridge", "bits", "group_size")}
     provenance = {"stage": "merge", "tool": "mcsmoe merge", "settings": settings, **source.origin}
     reduction = Reduction(merging, refitting, seed=arguments.seed)
@@ -136,6 +141,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     grouping = record(GroupSettings, arguments, merge=method)
     merging = record(MergeSettings, arguments, merge=method)
     source = Streamed(arguments.model)
+    source.prediction = arguments.mtp
     grouping.check(CheckpointLayers(source))
     if source.compact:
         raise ValueError(f"{source.folder}: is compressed already; merge first, then compress")

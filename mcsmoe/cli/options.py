@@ -18,6 +18,16 @@ def add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn at random")
 
 
+def add_prediction(parser: argparse._ActionsContainer) -> None:
+    """What becomes of layers for multi-token prediction."""
+    parser.add_argument(
+        "--mtp",
+        choices=("keep", "drop"),
+        default="keep",
+        help="layers for multi-token prediction: kept, with as many experts as the others get, or left out",
+    )
+
+
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """The text to calibrate on."""
     group = parser.add_argument_group("calibration")

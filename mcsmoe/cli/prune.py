@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bytes of the result, such as 12GB, in place of a number of experts: experts and bits by predicted error",
     )
     options.add_out(parser)
+    options.add_prediction(parser)
     options.add_domains(parser)
     options.add_pass(parser)
     parser.add_argument(
@@ -82,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     from mcsmoe.cli import _reduce, _size
     from mcsmoe.cli._calibrated import Calibrated
     from mcsmoe.cli._choose import CANDIDATES, choose
+    from mcsmoe.cli._outputs import say_engines
     from mcsmoe.transform.reduce import Pruning, Reduction
     from mcsmoe.types import LayerId
 
@@ -92,6 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--dropped {arguments.dropped} is fitted to tokens: give --calibration FILE, not --statistics alone"
         )
     source = Streamed(arguments.model)
+    source.prediction = arguments.mtp
     _reduce.check_whole(source)
     deletes = arguments.dropped == "delete"
     sized = arguments.target_size is not None
@@ -108,6 +111,8 @@ def run(arguments: argparse.Namespace) -> None:
         pages |= _size.fit(calibrated, limits)
         packing = _reduce.packing(source, arguments, deletes)
         uniform = _reduce.counts(calibrated, deletes, budget="uniform")
+    if deletes:
+        say_engines(source, uniform.values())
     if arguments.budget in ("uniform", methods.AUTO):
         for layer, limit in limits.items():
             limit.quota(uniform[layer], layer)

@@ -16,6 +16,7 @@ from mcsmoe.adapters.counts import CHOICE_FIELDS, EXPERT_FIELDS, expert_paths, s
 from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.tensors import TensorInfo
 from mcsmoe.checkpoint import fields
+from mcsmoe.checkpoint.card import Parent, write_card
 from mcsmoe.checkpoint.rewriting import as_published
 from mcsmoe.checkpoint.save import own_tensors, place, write_folder
 from mcsmoe.checkpoint.skeleton import empty_model
@@ -103,11 +104,14 @@ def _write(
         kept, config = source.keep_unplaced(source.config_fields(target.config))
 
         def tensor(name: str) -> Tensor:
+            if name in kept.infos:
+                return kept.read(name, source.tensors.read)
             return spool.read(name) if name in spool.infos else source.tensors.read(name)
 
         source.copy_companions(folder)
         provenance = {"stage": "export", "form": form, **source.origin}
-        write_folder(folder, target, {**spool.infos, **raw, **kept}, tensor, provenance, config=config)
+        write_folder(folder, target, {**spool.infos, **raw, **kept.infos}, tensor, provenance, config=config)
+        write_card(folder, provenance, Parent.of(source.folder))
 
 
 def _converts(model: nn.Module) -> bool:

@@ -1,0 +1,236 @@
+"""What comes out, given to the programs that people run it with: the same tokens, the same probabilities.
+
+On request, since each client is installed in an environment of its own (see ``installed.py``). A client is first given the
+published model itself: what it cannot read there is its own failure, and said so. ``MCSMOE_CLIENTS_RECORD=1`` writes what
+was found into docs/clients.json, of which docs/clients.md is made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import greedy
+import hub_layout
+import installed
+import pytest
+import torch
+
+import mcsmoe
+from mcsmoe.checkpoint.format import is_compact
+from mcsmoe.cli import main as cli
+
+HERE = Path(__file__).resolve().parent
+pytestmark = pytest.mark.skipif(
+    not (installed.MAKE or os.environ.get("MCSMOE_CLIENTS_VENVS")),
+    reason="clients are tried on request: MCSMOE_CLIENTS=1 makes their environments, MCSMOE_CLIENTS_VENVS names ready ones",
+)
+FAMILIES = tuple(os.environ.get("MCSMOE_CLIENTS_FAMILIES", " ".join(hub_layout.FAMILIES)).split())
+FORMATS = ("float32", "bfloat16")
+FORMS = ("published", "pruned", "refitted", "dense", "stock")
+TOKENS, NEAR = 12, 1e-4
+RECORD = HERE.parents[1] / "docs" / "clients.json"
+
+
+@pytest.fixture(scope="module")
+def folders(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """Checkpoints by family, number format and form."""
+
+    def make(place: Path) -> None:
+        for family in FAMILIES:
+            for number in FORMATS:
+                _forms(place / family / number, family, number)
+
+    return made_once("clients", make)
+
+
+def _forms(place: Path, family: str, number: str) -> None:
+    hub_layout.write(place / "published", family, number)
+    given = ("--calibration", hub_layout.rows(place / "rows.jsonl"))
+    for command in (
+        ("prune", place / "published", *given, "--experts", 4, "--out", place / "pruned"),
+        ("prune", place / "published", *given, "--experts", 4, "--refit", "--out", place / "refitted"),
+        ("merge", place / "published", *given, "--method", "hc-smoe", "--experts", 4, "--out", place / "merged"),
+        ("export", place / "merged", "--form", "dense", "--out", place / "dense"),
+        ("export", place / "merged", "--form", "stock", *given, "--out", place / "stock"),
+    ):
+        cli.main([str(word) for word in command])
+    if family == "qwen3_moe" and number == "float32":
+        spread = ("--budget", "adaptive", "--experts", 4)
+        uneven = ("merge", place / "published", *given, *spread, "--out", place / "uneven")
+        fewer = ("prune", place / "published", *given, *spread, "--out", place / "pruned-unevenly")
+        for command in (uneven, fewer):
+            cli.main([str(word) for word in command])
+
+
+@pytest.fixture(scope="module")
+def truth(folders: Path) -> Callable[[str], dict[str, Any]]:
+    """What a checkpoint gives by its name, in float32, read by the project with its own transformers."""
+    known: dict[str, dict[str, Any]] = {}
+
+    @torch.no_grad()
+    def of(name: str) -> dict[str, Any]:
+        if name not in known:
+            model = mcsmoe.load(folders / name, dtype="float32")
+
+            def logits(ids: list[int]) -> Any:
+                return model(torch.tensor([ids]), use_cache=False).logits[0, -1].numpy()
+
+            parts = [greedy.greedy(logits, ids, TOKENS) for ids in hub_layout.prompts()]
+            known[name] = greedy.together(parts, name.split("/")[1])
+        return known[name]
+
+    return of
+
+
+def order(folders: Path, names: list[str], file: Path) -> Path:
+    """What a client's script is to run."""
+    asked = {"folders": {name: str(folders / name) for name in names}, "prompts": hub_layout.prompts()}
+    file.write_text(json.dumps(asked | {"tokens": TOKENS, "dtype": "float32"}))
+    return file
+
+
+def started(*command: object, cwd: Path = HERE) -> None:
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=installed.clean(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def by_script(script: str, environment: installed.Environment) -> Callable[[Path, Path], None]:
+    def run(asked: Path, out: Path) -> None:
+        started(environment.require(), HERE / script, asked, out)
+
+    return run
+
+
+def by_llama(kind: str) -> Callable[[Path, Path], None]:
+    def run(asked: Path, out: Path) -> None:
+        files = out.with_suffix("")
+        files.mkdir()
+        python, source, node = installed.TRANSFORMERS.require(), installed.converter(), installed.node()
+        started(python, HERE / "convert_gguf.py", source, asked, files, kind)
+        script = node / "run_llama.mjs"  # node looks for its packages beside the script
+        script.write_text((HERE / "run_llama.mjs").read_text())
+        started("node", script, asked, out, files, cwd=node)
+
+    return run
+
+
+CLIENTS: dict[str, Callable[[Path, Path], None]] = {
+    "transformers 4.57.6": by_script("run_transformers.py", installed.TRANSFORMERS),
+    "mlx-lm 0.32.0": by_script("run_mlx.py", installed.MLX),
+    "llama.cpp 0.5.0": by_llama("f32"),
+    "vLLM 0.32.0": by_script("run_vllm.py", installed.VLLM),
+}
+NAMES = [f"{family}/{number}/{form}" for family in FAMILIES for number in FORMATS for form in FORMS]
+
+
+@pytest.fixture(scope="module")
+def found(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """Every result of a client, which runs once."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def of(client: str) -> dict[str, Any]:
+        if client not in known:
+            place = tmp_path_factory.mktemp("client")
+            CLIENTS[client](order(folders, NAMES, place / "order.json"), place / "found.json")
+            known[client] = json.loads((place / "found.json").read_text())
+        return known[client]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def record() -> Iterator[dict[str, dict[str, str]]]:
+    """What holds, by client and name; written at the end where that is asked for."""
+    made: dict[str, dict[str, str]] = {}
+    yield made
+    if os.environ.get("MCSMOE_CLIENTS_RECORD"):
+        before = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+        for client, results in made.items():
+            before.setdefault(client, {}).update(results)
+        RECORD.write_text(json.dumps(before, indent=1, sort_keys=True) + "\n")
+
+
+def difference(result: dict[str, Any], expected: dict[str, Any]) -> float:
+    """Largest difference of a log-probability; infinite where a token is another one."""
+    if result["tokens"] != expected["tokens"]:
+        return float("inf")
+    pairs = zip(result["logprobs"], expected["logprobs"], strict=True)
+    return max(abs(one - two) for row, other in pairs for one, two in zip(row, other, strict=True))
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_clients_give_the_tokens_and_probabilities(
+    client: str,
+    family: str,
+    found: Callable[[str], dict[str, Any]],
+    truth: Callable[[str], dict[str, Any]],
+    record: dict[str, dict[str, str]],
+) -> None:
+    results, problems = found(client), {}
+    for number in FORMATS:
+        published = results[f"{family}/{number}/published"]
+        theirs = published.get("error") or _wrong(published, truth(f"{family}/{number}/published"))
+        for form in FORMS:
+            name = f"{family}/{number}/{form}"
+            wrong = results[name].get("error") or _wrong(results[name], truth(name))
+            record.setdefault(client, {})[name] = f"published model: {theirs}" if theirs else wrong or "same"
+            if wrong and not theirs:
+                problems[name] = wrong
+    assert not problems
+    if theirs:
+        pytest.skip(f"{client} fails on the published model itself: {theirs}")
+
+
+def _wrong(result: dict[str, Any], expected: dict[str, Any]) -> str:
+    if result["dtype"] not in (None, expected["dtype"]):
+        return f"takes {result['dtype']} for {expected['dtype']}"
+    apart = difference(result, expected)
+    return "" if apart < NEAR else f"differs by {apart:.2g}"
+
+
+MERGED = ["merged", "uneven", "pruned-unevenly"]
+
+
+def test_the_plugin_serves_merged_checkpoints_as_they_are_stored(
+    folders: Path, truth: Callable[[str], dict[str, Any]], tmp_path: Path, record: dict[str, dict[str, str]]
+) -> None:
+    """Tokens of ``mcsmoe.load``, each group held once: the bytes of experts are those of the file."""
+    from safetensors import safe_open
+
+    installed.plugin()
+    names = [f"{family}/float32/merged" for family in FAMILIES if family != "gpt_oss"]
+    names += [f"qwen3_moe/float32/{form}" for form in MERGED[1:] if "qwen3_moe" in FAMILIES]
+    assert all(is_compact(folders / name) for name in names)
+    CLIENTS["vLLM 0.32.0"](order(folders, names, tmp_path / "order.json"), tmp_path / "found.json")
+    results = json.loads((tmp_path / "found.json").read_text())
+    problems = {}
+    for name in names:
+        wrong = results[name].get("error") or _wrong(results[name], truth(name))
+        record.setdefault("vLLM 0.32.0", {})[name] = wrong or "same"
+        if wrong:
+            problems[name] = wrong
+            continue
+        with safe_open(folders / name / "model.safetensors", "pt") as file:
+            experts = [key for key in file.keys() if ".experts." in key]  # noqa: SIM118
+            stored = sum(file.get_tensor(key).nbytes for key in experts)
+        assert results[name]["expert_bytes"] == stored
+    assert not problems
+
+
+def test_quantisers_take_stock_results_and_are_read_back(folders: Path, tmp_path: Path) -> None:
+    """llm-compressor quantises a pruned model to FP8 and to 4 bits; what it writes is read, or refused by a word."""
+    python = installed.COMPRESSOR.require()
+    source = folders / "qwen3_moe" / "bfloat16" / "pruned"
+    for scheme in ("FP8_DYNAMIC", "W4A16"):
+        started(python, HERE / "run_compressor.py", source, tmp_path / scheme, scheme)
+        told = json.loads((tmp_path / scheme / "config.json").read_text())
+        assert told["quantization_config"]["quant_method"] == "compressed-tensors"
+        assert told["num_experts"] == 4
