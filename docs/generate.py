@@ -1,6 +1,7 @@
-"""Write docs/configuration.md and docs/artefacts.md from what the program itself goes by: ``make docs``.
+"""Write the generated pages of docs/ from what the program itself goes by: ``make docs``.
 
-The configuration comes from its schema, the tables from theirs, the files from the outputs of the rules. With
+The configuration comes from its schema, the tables from theirs, the files from the outputs of the rules, the clients from
+the record of their tests. With
 ``--check`` nothing is written, and a page that is not up to date is an error.
 """
 
@@ -18,7 +19,9 @@ import pyarrow as pa
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+import clients  # noqa: E402
 
 from mcsmoe.artefacts.layout import Places  # noqa: E402
 from mcsmoe.artefacts.tables import MEASURED, SCHEMAS  # noqa: E402
@@ -222,7 +225,7 @@ def artefacts() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"configuration.md": configuration, "artefacts.md": artefacts}
+PAGES = {"configuration.md": configuration, "artefacts.md": artefacts, "clients.md": clients.page}
 
 
 def main() -> None:

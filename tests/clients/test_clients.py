@@ -94,10 +94,11 @@ def order(folders: Path, names: list[str], file: Path) -> Path:
     return file
 
 
-def started(*command: object, cwd: Path = HERE) -> None:
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=installed.clean(), capture_output=True, text=True
-    )
+def started(*command: object, cwd: Path = HERE, path: str | None = None) -> None:
+    """Run a client's own program, offline; ``path`` is where it finds the project, if it is to."""
+    more = {"HF_HUB_OFFLINE": "1"} | ({} if path is None else {"PYTHONPATH": path})
+    words = [str(part) for part in command]
+    done = subprocess.run(words, cwd=cwd, env=installed.clean() | more, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
@@ -225,12 +226,45 @@ def test_the_plugin_serves_merged_checkpoints_as_they_are_stored(
     assert not problems
 
 
-def test_quantisers_take_stock_results_and_are_read_back(folders: Path, tmp_path: Path) -> None:
-    """llm-compressor quantises a pruned model to FP8 and to 4 bits; what it writes is read, or refused by a word."""
+def test_quantisers_take_stock_results_and_are_read_back(
+    folders: Path, tmp_path: Path, record: dict[str, dict[str, str]]
+) -> None:
+    """llm-compressor quantises a pruned model; what it writes is read here, and is near what it was made from."""
     python = installed.COMPRESSOR.require()
     source = folders / "qwen3_moe" / "bfloat16" / "pruned"
+    ids = torch.tensor(hub_layout.prompts())
+    with torch.no_grad():
+        expected = mcsmoe.load(source, dtype="float32")(input_ids=ids).logits
     for scheme in ("FP8_DYNAMIC", "W4A16"):
         started(python, HERE / "run_compressor.py", source, tmp_path / scheme, scheme)
         told = json.loads((tmp_path / scheme / "config.json").read_text())
         assert told["quantization_config"]["quant_method"] == "compressed-tensors"
         assert told["num_experts"] == 4
+        cli.main(["export", str(tmp_path / scheme), "--form", "exact", "--out", str(tmp_path / f"{scheme}-again")])
+        with torch.no_grad():
+            found = mcsmoe.load(tmp_path / f"{scheme}-again", dtype="float32")(input_ids=ids).logits
+        apart = float((found - expected).pow(2).mean().sqrt() / expected.std())
+        assert apart < 0.5, scheme
+        said = f"quantises, and its result is read back; logits differ by {apart:.2g} of their standard deviation"
+        record.setdefault("llm-compressor 0.14.0", {})[f"{scheme} of a pruned Qwen3-MoE"] = said
+
+
+@pytest.mark.parametrize(
+    ("client", "script", "environment", "said"),
+    [
+        ("peft 0.21.2", "run_peft.py", installed.PEFT, "adapters train, are saved alone and read back, and merge in"),
+        ("lm-eval 0.4.13", "run_lm_eval.py", installed.LM_EVAL, "scores of a model in memory and by the folder's name"),
+    ],
+)
+def test_programs_that_hold_the_model_themselves(
+    client: str,
+    script: str,
+    environment: installed.Environment,
+    said: str,
+    folders: Path,
+    tmp_path: Path,
+    record: dict[str, dict[str, str]],
+) -> None:
+    source = folders / "qwen3_moe" / "float32" / "merged"
+    started(environment.require(), HERE / script, source, tmp_path / "out", path=str(HERE.parents[1]))
+    record.setdefault(client, {})["a merged Qwen3-MoE"] = said

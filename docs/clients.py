@@ -1,0 +1,81 @@
+"""docs/clients.md from docs/clients.json, the record of ``tests/clients``; written by docs/generate.py.
+
+MCSMOE_CLIENTS=1 MCSMOE_CLIENTS_RECORD=1 pytest tests/clients      makes the record (half an hour)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+RECORD = Path(__file__).resolve().parent / "clients.json"
+FORMS = ("published", "pruned", "refitted", "dense", "stock")
+PLUGIN = ("merged", "uneven", "pruned-unevenly")
+_OTHERS = ("peft", "lm-eval", "llm-compressor")
+
+TEXT = """# Programs that read what comes out
+
+<!-- Written by `make docs` from docs/clients.json, which `tests/clients` records. Do not edit this page. -->
+
+Small random models in the layout of the hub (a `config.json` as it was published, weights by its names), in float32 and in
+bfloat16, given to the programs themselves, each in an environment of its own. A cell says for how many of ten checkpoints (five
+forms in two number formats: as published, pruned, pruned with a refit, merged and written `dense`, merged and written `stock`)
+36 greedy tokens after three prompts are those of transformers 5.23.0 and all their log-probabilities are within 1e-4, computed in
+float32, and the number format that the program takes by itself is that of the published model. What fails on the published
+model itself is the program's own, and said below.
+
+{table}
+
+{notes}
+
+Merged checkpoints as they are stored, by the plugin of `plugins/vllm`: the tokens and log-probabilities of `mcsmoe.load`, and the
+experts take the bytes that they have in the file. *uneven*: layers keep different numbers of groups; *pruned-unevenly*: routers
+of different numbers of experts.
+
+{plugin}
+
+{others}
+
+How to get there, with commands: [serving.md](serving.md). To try it again, or other versions: `MCSMOE_CLIENTS=1
+MCSMOE_CLIENTS_RECORD=1 pytest tests/clients` makes the environments first (12 GB; the versions stand in `tests/clients/installed.py`).
+"""
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(results: Mapping[str, str], family: str) -> str:
+    """In how many forms and formats a client gives the same for a family."""
+    own = {
+        name: said for name, said in results.items() if name.startswith(f"{family}/") and name.split("/")[2] in FORMS
+    }
+    if not own:
+        return "not tried"
+    if all(said.startswith("published model:") for said in own.values()):
+        return "its own failure"
+    return f"{sum(said == 'same' for said in own.values())} of {len(own)}"
+
+
+def page() -> str:
+    """docs/clients.md."""
+    record: dict[str, dict[str, str]] = json.loads(RECORD.read_text())
+    clients = [client for client in record if client.split()[0] not in _OTHERS]
+    families = sorted({name.split("/")[0] for client in clients for name in record[client]})
+    table = _table(["", *clients], [[family, *(_cell(record[one], family) for one in clients)] for family in families])
+    notes = []
+    for client in clients:
+        for family in families:
+            said = {text for name, text in record[client].items() if name.startswith(f"{family}/") and text != "same"}
+            notes += [f"- {client}, {family}: {text}" for text in sorted(said)]
+    served = {name: said for client in clients for name, said in record[client].items() if name.split("/")[2] in PLUGIN}
+    plugin = _table(["checkpoint", "vLLM with the plugin"], [[f"`{name}`", served[name]] for name in sorted(served)])
+    others = [
+        f"- {client}: {name}: {said}"
+        for client in record
+        if client not in clients
+        for name, said in record[client].items()
+    ]
+    return TEXT.format(table=table, notes="\n".join(notes), plugin=plugin, others="\n".join(others))
