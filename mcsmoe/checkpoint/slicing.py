@@ -20,6 +20,7 @@ from mcsmoe.artefacts.atomic import atomic_directory
 from mcsmoe.artefacts.tensors import SHARD_BYTES, TensorFolder, TensorInfo
 from mcsmoe.artefacts.writing import Bytes, by_alignment, copy_tensors
 from mcsmoe.checkpoint import fields
+from mcsmoe.checkpoint.card import Parent, write_card
 from mcsmoe.checkpoint.quantised.settings import renumbered
 from mcsmoe.checkpoint.save import specs_of, write_provenance
 from mcsmoe.types import LayerId
@@ -62,8 +63,9 @@ def leave_experts(
                 source.adapter.leave(source.model, layer, kept_K)
         specs_of(source.model)  # the configuration says afterwards how many experts there are
         unplaced, config = source.keep_unplaced(source.config_fields())
-        for name in unplaced:
-            pieces |= {part: Piece(part) for part in source.tensors.parts(name)}
+        for name, (stored, chosen_K) in unplaced.sources.items():
+            parts = source.tensors.parts(stored)
+            pieces |= {unplaced.renamed(name, part): Piece(part, 0, chosen_K) for part in parts}
         if source.quantised is not None:
             settings = source.quantised.settings
             numbers = _numbers(source, kept)
@@ -74,6 +76,7 @@ def leave_experts(
         source.copy_companions(folder)
         fields.write_json(folder / "config.json", config)
         write_provenance(folder, provenance)
+        write_card(folder, provenance, Parent.of(source.folder))
         if extra is not None:
             extra(folder)
     return True
