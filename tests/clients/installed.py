@@ -7,9 +7,11 @@ only what is there already is used.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +97,10 @@ def node() -> Path:
 def plugin() -> None:
     """The project's plugin, as it is now, in vLLM's environment."""
     source = Path(__file__).resolve().parents[2] / "plugins" / "vllm"
-    _run(VLLM.require(), "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", source)
+    python = VLLM.require()
+    with tempfile.TemporaryDirectory() as place:  # building leaves files beside the source
+        copy = shutil.copytree(source, Path(place) / "plugin")
+        _run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", copy)
 
 
 def _asked(missing: str) -> None:
