@@ -161,6 +161,16 @@ SCHEMAS: dict[str, pa.Schema] = {
         reference_looping=(_FLOAT, "the same of the reference; NaN without one"),
         reference_distinct_4grams=(_FLOAT, "the same of the reference; NaN without one"),
     ),
+    "harness": _schema(
+        task=(_STRING, "task of lm-eval"),
+        metric=(_STRING, "its metric"),
+        filter=(_STRING, "how answers were read"),
+        value=(_FLOAT, "the score"),
+        ci_low=(_FLOAT, "lower end of the 95 % interval, by its standard error; NaN without one"),
+        ci_high=(_FLOAT, "upper end"),
+        n=(_LONG, "examples"),
+        shots=(_INT, "examples shown before each question"),
+    ),
     "summary": _schema(
         task=(_STRING, "task name"),
         variant=(_STRING, "method"),

@@ -143,6 +143,7 @@ VALUES: dict[str, Values] = {
         ranges={"tokens": _COUNT, "nats": _AMOUNT, **dict.fromkeys(_RUNNING_ON, _SHARE)},
         unknown=frozenset({"reference_nats", "divergence", "agreement", *_RUNNING_ON}),
     ),
+    "harness": Values(ranges={"value": _ANY, "n": _COUNT, "shots": _COUNT}, unknown=frozenset({"ci_low", "ci_high"})),
     "summary": Values(
         ranges={"value": _ANY, "n": _COUNT},
         unknown=frozenset({"value", "ci_low", "ci_high", "difference", "p_value"}),

@@ -25,8 +25,16 @@ EXAMPLE = "mcsmoe evaluate merged --text held-out.jsonl --reference full --domai
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("model", type=Path, help="checkpoint folder, stock or written by mcsmoe")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="documents, one a row, as in calibration")
     parser.add_argument(
-        "--text", type=Path, required=True, metavar="FILE", help="documents, one a row, as in calibration"
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="tasks of lm-eval (an extra: mcsmoe[lm-eval]) by name, or folders of task files, in the place of --text; the model "
+        "is in memory as a whole",
+    )
+    parser.add_argument(
+        "--shots", type=int, help="for --tasks: examples shown before each question; else the task's own"
     )
     parser.add_argument("--reference", type=Path, metavar="MODEL", help="the model to compare with")
     parser.add_argument("--domain-column", metavar="NAME", help="field of the rows that names their domain")
@@ -58,11 +66,16 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out is {out}; the table is written as parquet, so give a name that ends in .parquet")
     if out is not None and out.exists() and not arguments.overwrite:
         raise ValueError(f"{out}: exists already; give another --out, or --overwrite to replace it")
+    if (arguments.text is None) == (arguments.tasks is None):
+        raise ValueError("give either --text FILE, whose documents are predicted, or --tasks, which are answered")
     if arguments.continuations < 0:
         raise ValueError(f"--continuations is {arguments.continuations}; give 0 or more")
     for name in ("samples", "batch_size", "max_tokens", "new_tokens"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
+    if arguments.tasks is not None:
+        _answer(arguments)
+        return
     import torch
 
     from mcsmoe.artefacts.tables import frame_of, write_table
@@ -91,6 +104,39 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.card:
         against = "" if reference is None else f", beside `{reference.folder.name}`"
         write_losses(source.folder, [f"On `{arguments.text.name}`{against}:", "", *(f"- {line}" for line in lines)])
+
+
+def _answer(arguments: argparse.Namespace) -> None:
+    """Answer the tasks of the harness with the model in memory."""
+    from mcsmoe.evaluate import harness
+
+    given = ("reference", "domain_column", "continuations")
+    for name in given:
+        if getattr(arguments, name):
+            raise ValueError(f"--{name.replace('_', '-')} is of --text, and --tasks is given; leave one out")
+    harness.require()
+    harness.split_names(arguments.tasks)
+    import torch
+
+    from mcsmoe.artefacts.tables import write_table
+    from mcsmoe.checkpoint.load import load_model, load_tokenizer
+    from mcsmoe.console import log
+
+    torch.set_num_threads(arguments.threads)
+    found = harness.evaluate(
+        load_model(arguments.model),
+        load_tokenizer(arguments.model),
+        arguments.tasks,
+        batch_size=arguments.batch_size,
+        device=getattr(arguments, "device", "auto"),
+        limit=arguments.samples,
+        shots=arguments.shots,
+        seed=arguments.seed,
+    )
+    if arguments.out is not None:
+        write_table(arguments.out, found, "harness")
+    for row in found.to_dict("records"):
+        log.info("%s", harness.in_words({str(name): value for name, value in row.items()}))
 
 
 def _run_on(

@@ -16,7 +16,7 @@ import pandas as pd
 
 from mcsmoe.artefacts.atomic import atomic_file
 from mcsmoe.artefacts.layout import TITLES
-from mcsmoe.report import paper, plots
+from mcsmoe.report import language, paper, plots
 from mcsmoe.report.drawing import FULL, svg
 from mcsmoe.report.tables import UNITS, all_scores, cost_settings, rule_times, seed_means, task_rows
 from mcsmoe.report.words import join, scaled, words_for_task
@@ -98,6 +98,29 @@ def _grouping_pictures(inputs: ReportInputs, task: str, several: bool) -> list[P
     return made
 
 
+def _language_pictures(task: str, rows: pd.DataFrame, metrics: pd.DataFrame) -> list[Picture]:
+    """What was lost against what is stored, of all documents and of each domain."""
+    made = []
+    for domain, table in language.lost(rows, metrics):
+        where = {"": "all domains", "worst": "the domain that lost most"}.get(domain, domain)
+        caption = (
+            f"Nats a token lost to the full model on {where}, beside the bytes of the weights at 16 bits each, rounded ones at "
+            "their own. The dashed line is the full model with fewer bits a weight: what lies above it is worth less than that."
+        )
+        figure = language.against_bytes(table, f"{task}: loss and size, {where}")
+        made.append(Picture(svg(figure, f"lost-{task}-{domain or 'all'}"), caption))
+    return made
+
+
+def _kept_pictures(inputs: ReportInputs, task: str, several: bool) -> list[Picture]:
+    made = []
+    for experts, seed, groups in language.same_number(_of(inputs.groups, task)):
+        title = f"Experts kept, {experts} on average{_seed({'seed': seed}, several)}"
+        caption = "A row a method, a column an expert of the full model; dark ones stay, or lead the group they are merged in."
+        made.append(Picture(svg(language.kept(groups, title), f"kept-{task}-{experts}-{seed}"), caption))
+    return made
+
+
 def _training_pictures(curves: Sequence[Labelled], name: str) -> list[Picture]:
     made = []
     for stage in dict.fromkeys(str(labels["stage"]) for labels, _ in curves):
@@ -130,8 +153,15 @@ def _task(inputs: ReportInputs, task: str, curves: Sequence[Labelled]) -> dict[s
         "Score against size. A number is the experts kept per merged layer on average; line and band are the "
         "full model and its interval. Marks of one size are set side by side."
     )
+    texts = language.is_language(rows)
+    tradeoff = (
+        _language_pictures(task, rows, metrics)
+        if texts
+        else [Picture(svg(plots.tradeoff(rows, f"{task}: score and size"), f"tradeoff-{task}"), trade_caption)]
+    )
     return {
         "name": task,
+        "domains": language.domain_table(rows, metrics) if texts else [],
         "words": words_for_task(rows),
         "several": several,
         "rows": task_rows(rows),
@@ -141,11 +171,11 @@ def _task(inputs: ReportInputs, task: str, curves: Sequence[Labelled]) -> dict[s
         "protocol": join(sorted(set(rows["protocol"]))),
         "scores": all_scores(metrics),
         "results": [
-            Picture(svg(plots.tradeoff(rows, f"{task}: score and size"), f"tradeoff-{task}"), trade_caption),
+            *tradeoff,
             Picture(svg(plots.costs(cost, f"{task}: sizes and times"), f"costs-{task}"), size_caption),
         ],
         "usage": _usage_pictures(inputs, task, several),
-        "groups": _grouping_pictures(inputs, task, several),
+        "groups": (_kept_pictures if texts else _grouping_pictures)(inputs, task, several),
         "similarity": [
             Picture(
                 svg(plots.similarity(frame, f"Similarity by {frame['base'].iloc[0]}"), f"similarity-{task}-{place}"),
