@@ -122,10 +122,9 @@ def domain_table(rows: pd.DataFrame, metrics: pd.DataFrame) -> list[dict[str, An
     """By method and number of experts, nats lost in each domain as text with its interval, means over seeds."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for domain, table in lost(rows, metrics):
-        for (variant, experts), part in table.groupby(["variant", "experts"], sort=False):
-            row = found.setdefault(
-                (str(variant), int(experts)), {"variant": variant, "experts": experts, "domains": {}}
-            )
+        for _, part in table.groupby(["variant", "experts"], sort=False):
+            variant, experts = str(part["variant"].iloc[0]), int(part["experts"].iloc[0])
+            row = found.setdefault((variant, experts), {"variant": variant, "experts": experts, "domains": {}})
             low, high = float(part["ci_low"].min()), float(part["ci_high"].max())
             text = f"{part['value'].mean():+.4f} [{low:+.4f}, {high:+.4f}]"
             row["domains"][domain or "all"] = text.replace("-", "−")

@@ -181,8 +181,8 @@ def _trained(model: nn.Module, adapter: Adapter, healing: Healing) -> Iterator[N
         generator = torch.Generator().manual_seed(healing.seed)
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         for name, module in model.named_modules():
-            own = f"{name}.weight"
-            if isinstance(module, nn.Linear) and module is not head and own not in routers | experts:
+            weight = f"{name}.weight"
+            if isinstance(module, nn.Linear) and module is not head and weight not in routers | experts:
                 adapted.append(module)
                 low = LowRank(module.weight, healing.rank, generator)
                 parametrize.register_parametrization(module, "weight", low, unsafe=True)
