@@ -26,6 +26,7 @@ output_type: multiple_choice
 doc_to_text: "{{{{text}}}}"
 doc_to_choice: [" red", " blue"]
 doc_to_target: label
+target_delimiter: ""
 metric_list: [{{metric: acc}}]
 """
 ROWS = [

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mcsmoe.evaluate.confidence import Interval
 
 COMPARED = ("nats_lost", "divergence", "agreement")  # take a reference
+CONTINUED = ("looping", "distinct_4grams")  # take continuations
 
 EXAMPLE = (
     "python workflow_scripts/evaluate.py --model recovered --task SST-2 --examples validation.parquet "
@@ -94,7 +95,9 @@ def score_texts(arguments: argparse.Namespace, task: Task, given: dict[str, Any]
     from mcsmoe.evaluate.domains import scores
 
     documents = predict_texts(**given, reference=reference, continuations=arguments.continuations)
-    metrics = task.metrics if reference is not None else [name for name in task.metrics if name not in COMPARED]
+    # What was not measured is no score of 0.
+    absent = (() if reference is not None else COMPARED) + (() if arguments.continuations else CONTINUED)
+    metrics = [name for name in task.metrics if name not in absent]
     found = scores(metrics, documents, arguments.bootstrap, arguments.seed)
     rows = rows_of(arguments, task, task.protocol, found)
     write_table(arguments.predictions, documents, "documents")
