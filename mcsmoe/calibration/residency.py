@@ -60,10 +60,15 @@ class Residency:
             for path, module in model.named_modules()
             if self._block_of(f"{path}.") is None and path not in self._below
         ]
+        # What is there already is left alone by the collector, which runs after every block: it would look through all that
+        # the libraries made, again and again.
+        gc.collect()
+        gc.freeze()
         try:
             with torch.no_grad():
                 yield model
         finally:
+            gc.unfreeze()
             for hook in hooks:
                 hook.remove()
             self.wait()
