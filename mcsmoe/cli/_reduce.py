@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from mcsmoe.artefacts.tables import frame_of, write_table
+from mcsmoe.calibration.collect import identity
+from mcsmoe.calibration.folder import digest_of
+from mcsmoe.calibration.layer_major import Options
 from mcsmoe.checkpoint.quantised.settings import settings_of
 from mcsmoe.checkpoint.slicing import leave_experts
 from mcsmoe.checkpoint.streaming import Streamed
@@ -28,9 +31,10 @@ from mcsmoe.criteria.scores import CriterionInputs, super_experts
 from mcsmoe.export.packed import Packing, pack_folder
 from mcsmoe.transform.budget import SPREADS
 from mcsmoe.transform.domains import max_min, slim
-from mcsmoe.transform.in_sequence import Shelf, reduced_in_sequence
+from mcsmoe.transform.in_sequence import Shelf, Texts, reduced_in_sequence
 from mcsmoe.transform.layers import SparseLayer
-from mcsmoe.transform.reduce import Reduction
+from mcsmoe.transform.reduce import Reduced, Reduction
+from mcsmoe.transform.unfinished import unfinished
 from mcsmoe.types import Grouping, LayerId
 
 DOMAINS = "domains.json"
@@ -247,10 +251,10 @@ def reduce_checkpoint(
         if not reduction.selects or not leave_experts(source, arguments.out, staying, provenance, extra):
             source.rewrite(arguments.out, change, provenance, progress(source.layers, "write"), extra)
 
-    def write(shelf: Shelf) -> None:
+    def write(reduced: Callable[[LayerId], Reduced]) -> None:
         def install(layer: LayerId) -> None:
-            if layer in shelf:
-                shelf.get(layer).install(whole[layer])
+            if layer in kept:
+                reduced(layer).install(whole[layer])
 
         written(select if reduction.selects else install)
 
@@ -268,18 +272,40 @@ def reduce_checkpoint(
         for layer in ready:
             reduced = ready.described(layer)
             note(layer, reduced.grouping, reduced.share_E)
-        write(ready)
+        write(ready.get)
     else:
-        with workspace(arguments) as work:
-            shelf = Shelf(work / "layers")
-            settings = pass_options(arguments)
-            texts = calibrated.texts()
-            for layer, reduced in reduced_in_sequence(source.folder, texts, reduction, counts, settings, work):
+        settings, texts = pass_options(arguments), calibrated.texts()
+        request = _request(source, texts, reduction, counts, settings)
+        keeps = not reduction.selects
+        with unfinished(arguments.out, request, settings.cache_memory, keeps, arguments.overwrite) as run:
+            for layer, reduced in reduced_in_sequence(source.folder, texts, reduction, counts, settings, run):
                 note(layer, reduced.grouping, reduced.share_E)
-                if not reduction.selects:
-                    shelf.put(layer, reduced)
-            write(shelf)
+            write(run.get)
     say_size(source.folder, arguments.out)
+
+
+def _request(
+    source: Streamed, texts: Texts, reduction: Reduction, counts: Mapping[LayerId, int], settings: Options
+) -> dict[str, Any]:
+    """All that the layers of a result depend on, as plain values."""
+    limits = {
+        layer: {name: tensor.tolist() for name, tensor in vars(one).items() if isinstance(tensor, Tensor)}
+        for layer, one in reduction.limits.items()
+    }
+    return {
+        "model": identity(source),
+        "texts": digest_of([one.inputs for one in texts.batches]),
+        "domains": [[one.domain for one in texts.batches], None if texts.weights is None else dict(texts.weights)],
+        "method": [type(reduction.how).__name__, str(reduction.how), str(reduction.refitting), limits, reduction.seed],
+        "experts": dict(counts),
+        "settings": [
+            str(settings.device),
+            settings.reservoir,
+            settings.seed,
+            torch.get_num_threads(),
+            torch.__version__,
+        ],
+    }
 
 
 def packing(source: Streamed, arguments: argparse.Namespace, deletes: bool) -> Packing | None:

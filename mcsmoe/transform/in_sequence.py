@@ -20,6 +20,7 @@ from mcsmoe.statistics.blend import blend
 from mcsmoe.statistics.layer import LayerStatistics
 from mcsmoe.transform.layers import SparseLayer
 from mcsmoe.transform.reduce import Reduced, Reduction
+from mcsmoe.transform.unfinished import Unfinished
 from mcsmoe.types import LayerId
 
 
@@ -93,19 +94,23 @@ def reduced_in_sequence(
     reduction: Reduction,
     counts: Mapping[LayerId, int],
     options: Options,
-    work: Path,
+    run: Unfinished,
 ) -> Iterator[tuple[LayerId, Reduced]]:
     """Each layer of the checkpoint ``folder``, reduced to as many experts as ``counts`` says.
 
     Args:
-        work: a folder for what does not fit into memory.
+        run: what was done before, and keeps what is done now.
 
     Raises:
         ValueError: what the method needs is not there; names the layer.
     """
+    for layer in run.layers:
+        yield layer, run.get(layer)
     done: list[tuple[LayerId, Reduced]] = []
-    with _opened(folder, texts, options, work) as major:
-        for _ in major.blocks(_reducing(major, texts, reduction, counts, done)):
+    major = LayerMajor(Streamed(folder), texts.batches, run.states, options, start=run.order, done=run.layers)
+    with major.open():
+        for block in major.blocks(_reducing(major, texts, reduction, counts, done)):
+            run.commit(block.path, dict(done))
             while done:
                 yield done.pop(0)
 

@@ -1,0 +1,121 @@
+"""Layers reduced in sequence by a process that is killed: the same command goes on, and ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from command_line import refused, run
+from safetensors.torch import load_file
+
+from mcsmoe.transform.reduce import Reduced
+from mcsmoe.transform.unfinished import Unfinished
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing is tidied up that a kill would leave."""
+
+
+def kill_after(blocks: int, patch: pytest.MonkeyPatch) -> None:
+    before = Unfinished.commit
+
+    def commit(self: Unfinished, block: str, reduced: Mapping[str, Reduced]) -> None:
+        before(self, block, reduced)
+        if len(self.order) == blocks:
+            raise Killed
+
+    patch.setattr(Unfinished, "commit", commit)
+
+
+WAYS = {
+    "prune": ("prune", "--criterion", "gram"),
+    "refit": ("prune", "--criterion", "gram", "--refit"),
+    "novices": ("prune", "--dropped", "affine", "--rank", "2"),
+    "ream": ("merge", "--method", "ream"),
+}
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unfinished")
+    tiny_models.model("qwen3_moe", num_hidden_layers=4).save_pretrained(folder / "full")
+    draw = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": torch.randint(2, 96, (12,), generator=draw).tolist()} for _ in range(16)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "full"
+
+
+def words(full: Path, way: str, out: Path, *more: object) -> list[str]:
+    command, *options = WAYS[way]
+    given = [command, full, "--calibration", full.parent / "rows.jsonl", "--experts", 4, "--out", out]
+    return [str(word) for word in [*given, "--batch-size", 4, "--threads", 1, *options, *more]]
+
+
+def killed(blocks: int, *given: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(blocks, patch)
+        with pytest.raises(Killed):
+            run(*given)
+
+
+def same(one: Path, two: Path) -> None:
+    left, right = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    for name in ("experts.json", "groups.parquet"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_killed_run_goes_on_after_its_last_block(way: str, full: Path, tmp_path: Path) -> None:
+    run(*words(full, way, tmp_path / "whole"))
+    killed(2, *words(full, way, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert len(json.loads((tmp_path / "out.partial" / "progress.json").read_text())["order"]) == 2
+    run(*words(full, way, tmp_path / "out"))
+    assert not (tmp_path / "out.partial").exists()
+    same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_stopped_run_of_another_request_is_not_gone_on_with(
+    full: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed(1, *words(full, "prune", tmp_path / "out"))
+    said = refused(caplog, *words(full, "refit", tmp_path / "out"))
+    assert "had another method" in said
+    assert "--overwrite" in said
+    run(*words(full, "refit", tmp_path / "out", "--overwrite"))
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.skipif("MCSMOE_KILLS" not in os.environ, reason="set MCSMOE_KILLS to the number of kills (20: 5 minutes)")
+@pytest.mark.parametrize("way", ["refit", "ream"])
+def test_kills_at_random_moments_change_no_bit(way: str, full: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mcsmoe"]
+    started = time.monotonic()
+    subprocess.run([*command, *words(full, way, tmp_path / "whole")], stderr=subprocess.DEVNULL, check=True)
+    seconds, draw, stopped = time.monotonic() - started, random.Random(0), 0
+    for _ in range(int(os.environ["MCSMOE_KILLS"])):
+        process = subprocess.Popen([*command, *words(full, way, tmp_path / "out")], stderr=subprocess.DEVNULL)
+        try:
+            assert process.wait(draw.uniform(0.3, 1.0) * seconds) == 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            stopped += 1
+        if (tmp_path / "out").exists():
+            same(tmp_path / "whole", tmp_path / "out")
+            shutil.rmtree(tmp_path / "out")
+    assert stopped
+    subprocess.run([*command, *words(full, way, tmp_path / "out")], stderr=subprocess.DEVNULL, check=True)
+    same(tmp_path / "whole", tmp_path / "out")
