@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mcsmoe
+from mcsmoe.checkpoint.describe import describe
 from mcsmoe.checkpoint.quantised import mxfp4
 from mcsmoe.checkpoint.quantised.settings import renumbered, settings_of
 from mcsmoe.checkpoint.slicing import leave_experts
 from mcsmoe.checkpoint.streaming import Streamed
-from mcsmoe.cli.inspect import describe
 
 ROUNDING = {"nf4-twice": 2**-7}  # two products of float32 may round to the other bfloat16 neighbour
 
