@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -228,3 +230,27 @@ def test_what_cannot_be_is_refused() -> None:
     batches[0].target_TD[0, 0] = torch.nan
     with pytest.raises(ValueError, match="layer 'x': outputs on the calibration tokens are not finite"):
         refit(blocks, batches, layer="x")
+
+
+@pytest.mark.parametrize("room", [0, 2**29])
+def test_each_token_is_looked_at_once_a_sweep_and_kept_where_there_is_room(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcsmoe.refit.ridge._CACHE_BYTES", room)
+    blocks, batches, *_ = case()
+    held = case(7)[1]
+    seen = [0]
+
+    def counted(features: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def count(inputs_ND: Tensor) -> Tensor:
+            seen[0] += len(inputs_ND)
+            return features(inputs_ND)
+
+        return count
+
+    watched = [Block(counted(block.features), block.weight_DP) for block in blocks]
+    found = refit(watched, batches, held, sweeps=3)
+    choices = sum(int(batch.count_B.sum()) for batch in (*batches, *held))
+    assert seen[0] == choices * (1 if room else 4)
+    plain = refit(blocks, batches, held, sweeps=3)
+    assert all(torch.equal(one, two) for one, two in zip(found.weights, plain.weights, strict=True))

@@ -26,6 +26,8 @@ SWEEPS = 3
 
 _CACHE_BYTES = 2**29  # of features that are kept from one sweep to the next
 
+_Gated = list[tuple[Tensor, Tensor]]  # by batch, tokens [N] and gate times features [N, P] of one block
+
 
 @dataclass(frozen=True)
 class Block:
@@ -132,18 +134,20 @@ def refit(
         for index in range(len(blocks)):
             if not fitting.count(index):
                 continue
-            gram_PP, cross_PD = fitting.moments(index)
+            # Features that are not kept are computed once a visit.
+            features, held_features = fitting.features(index), judging.features(index)
+            gram_PP, cross_PD = fitting.moments(index, features)
             solve = _solver(gram_PP, cross_PD, weights[index], start[index])
             change_DP = solve(chosen) - weights[index]
             if choosing and judging.count(index):
-                held_PP, held_PD = judging.moments(index)
+                held_PP, held_PD = judging.moments(index, held_features)
                 for ridge in ridges:
                     other_DP = change_DP if ridge == chosen else solve(ridge) - weights[index]
                     # |r - h D'|^2 - |r|^2, r being what is left of the target.
                     errors[ridge] += float((other_DP @ held_PP).mul_(other_DP).sum() - 2 * (other_DP.T * held_PD).sum())
             weights[index] = weights[index] + change_DP
-            fitting.subtract_change(index, change_DP)
-            judging.subtract_change(index, change_DP)
+            fitting.subtract_change(features, change_DP)
+            judging.subtract_change(held_features, change_DP)
         if choosing:
             chosen = min(ridges, key=lambda ridge: errors[ridge])
     after, held_after = fitting.square(), judging.square()
@@ -190,13 +194,13 @@ class _Tokens:
         """Squared norm of what is left."""
         return sum(float(residual_TD.double().square().sum()) for residual_TD in self.residuals)
 
-    def moments(self, index: int) -> tuple[Tensor, Tensor]:
+    def moments(self, index: int, features: _Gated) -> tuple[Tensor, Tensor]:
         """Float64 [P, P] and [P, D]: sums over one block's tokens of h h' and of h r', r what is left of the target."""
         weight_DP, fresh = self.blocks[index].weight_DP, index not in self._grams
         cross_PD = torch.zeros_like(weight_DP.T, dtype=torch.float64)
         if fresh:
             self._grams[index] = cross_PD.new_zeros(len(cross_PD), len(cross_PD))
-        for (token_N, gated_NP), residual_TD in zip(self._features(index), self.residuals, strict=True):
+        for (token_N, gated_NP), residual_TD in zip(features, self.residuals, strict=True):
             wide_NP = gated_NP.double()
             cross_PD += wide_NP.T @ residual_TD[token_N].double()
             if fresh:
@@ -205,7 +209,7 @@ class _Tokens:
 
     def subtract(self, index: int, weight_DP: Tensor) -> None:
         """Take a block's output out of what is left, its fixed part included."""
-        self.subtract_change(index, weight_DP)
+        self.subtract_change(self.features(index), weight_DP)
         fixed = self.blocks[index].fixed
         if fixed is None:
             return
@@ -214,13 +218,13 @@ class _Tokens:
             output_ND = fixed(batch.inputs_TD[token_N]).to(residual_TD) * gate_N[:, None].to(residual_TD)
             residual_TD.index_add_(0, token_N, output_ND, alpha=-1)
 
-    def subtract_change(self, index: int, change_DP: Tensor) -> None:
+    def subtract_change(self, features: _Gated, change_DP: Tensor) -> None:
         """Take out what a block gives more."""
-        for (token_N, gated_NP), residual_TD in zip(self._features(index), self.residuals, strict=True):
+        for (token_N, gated_NP), residual_TD in zip(features, self.residuals, strict=True):
             output_ND = gated_NP.to(residual_TD) @ change_DP.T.to(residual_TD)
             residual_TD.index_add_(0, token_N, output_ND, alpha=-1)
 
-    def _features(self, index: int) -> list[tuple[Tensor, Tensor]]:
+    def features(self, index: int) -> _Gated:
         """By batch, tokens [N] and gate times features [N, P]."""
         if index in self._kept:
             return self._kept[index]
