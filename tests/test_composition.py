@@ -16,7 +16,7 @@ from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.methods import AUTO, DROPPED, PRUNING_BUDGETS
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "--criterion": ("mass", "gram", AUTO),  # a score, a set; test_criteria has them all
+    "--criterion": ("gram", AUTO),  # test_criteria has them all
     "--dropped": DROPPED,
     "--budget": (*PRUNING_BUDGETS, AUTO),
     "--refit": ("no", "yes"),

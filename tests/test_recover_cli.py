@@ -42,8 +42,7 @@ def distance(folder: Path, full: Path) -> float:
     return float((own.exp() * (own - other)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("start", ["pruned", "novices"])
-@pytest.mark.parametrize("what", HEALED)
+@pytest.mark.parametrize(("what", "start"), [*((what, "pruned") for what in HEALED), ("experts", "novices")])
 def test_what_is_asked_for_is_trained_and_nothing_else(what: str, start: str, place: Path, tmp_path: Path) -> None:
     given = ("--teacher", place / "full", "--text", place / "text.jsonl", "--batch-size", 8, "--steps", 12)
     run(
