@@ -201,8 +201,9 @@ class _Tokens:
         if fresh:
             self._grams[index] = cross_PD.new_zeros(len(cross_PD), len(cross_PD))
         for (token_N, gated_NP), residual_TD in zip(features, self.residuals, strict=True):
-            wide_NP = gated_NP.double()
-            cross_PD += wide_NP.T @ residual_TD[token_N].double()
+            # Products in the precision of the features, which is float32 or more; the ridge is far above their rounding.
+            wide_NP = gated_NP.to(residual_TD)
+            cross_PD += wide_NP.T @ residual_TD[token_N]
             if fresh:
                 self._grams[index] += wide_NP.T @ wide_NP
         return self._grams[index], cross_PD
