@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +239,42 @@ def test_names_of_metrics_agree() -> None:
     assert set(LANGUAGE_METRICS) <= set(metrics.METRICS)
     assert set(_UNBOUNDED) <= set(LANGUAGE_METRICS)
     assert set(_UNBOUNDED) < metrics.LESS_IS_BETTER <= set(LANGUAGE_METRICS)
+
+
+def test_the_page_of_results_is_printed_from_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shifts = {
+        "full": 0.0,
+        "gram/8e/merged": 0.1,
+        "gram-refit/8e/merged": 0.05,
+        "4-bit/16e/merged": 0.01,
+        "gram/4e/merged": 0.5,
+    }
+    for checkpoint, shift in shifts.items():
+        table, folder = made_up(shift), tmp_path / "Language" / "seed0" / f"{checkpoint}_evaluation"
+        write_table(folder / "predictions.parquet", table, "documents")
+        labels = {
+            "task": "Language",
+            "variant": checkpoint.partition("/")[0],
+            "experts": 8,
+            "seed": 0,
+            "stage": "merged",
+        }
+        more = {"split": "validation", "protocol": "language"}
+        found = domains.scores(("nats", "nats_lost", "divergence", "agreement"), table, 200, 0)
+        rows = [
+            {**labels, **more, "metric": name, "value": one.value, "ci_low": one.low, "ci_high": one.high, "n": one.n}
+            for name, one in found
+        ]
+        write_table(folder / "metrics.parquet", pd.DataFrame(rows), "metrics")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
+    import language
+
+    language.main(tmp_path, "Language", 8)
+    printed = capsys.readouterr().out
+    order = [line.split("`")[1] for line in printed.splitlines() if line.startswith("| `")]
+    assert order[:4] == ["full", "4-bit", "gram-refit", "gram"]
+    assert "| +0.2000 ± 0.0000 |" in printed  # twice as much on code, and the same in every document
+    assert "| refit of `gram` | +0.07" in printed
+    assert printed.count("confirmed") == 1
+    with pytest.raises(ValueError, match="no evaluation of the full model"):
+        language.main(tmp_path / "none", "Language", 8)

@@ -12,9 +12,8 @@ from mcsmoe.workflow import options
 from mcsmoe.workflow.method_options import add_method
 
 if TYPE_CHECKING:
-    from mcsmoe.calibration.layer_major import DomainBatch, Options
     from mcsmoe.checkpoint.streaming import Streamed
-    from mcsmoe.transform.reduce import Reduced, Reduction
+    from mcsmoe.transform.in_sequence import Texts
     from mcsmoe.types import LayerId
 
 EXAMPLE = (
@@ -54,10 +53,12 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.calibration.layer_major import Options
     from mcsmoe.checkpoint.streaming import Streamed
     from mcsmoe.device import pick
+    from mcsmoe.transform.in_sequence import reduced_in_sequence
     from mcsmoe.transform.layers import SparseLayer
     from mcsmoe.transform.reduce import Merging, Pruning, Reduction
     from mcsmoe.transform.refit import Refitting
     from mcsmoe.transform.rounding import round_layer
+    from mcsmoe.transform.unfinished import Unfinished
 
     torch.set_num_threads(arguments.threads)
     source = Streamed(arguments.model)
@@ -73,13 +74,14 @@ def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=".reduced-", dir=arguments.out.parent) as folder:
         settings = Options(device=pick(arguments.device), reservoir=arguments.reservoir, seed=arguments.seed)
         reduction = Reduction(how, refitting, seed=arguments.seed)
-        found = in_sequence(arguments.model, texts(source, arguments), reduction, kept, settings, Path(folder))
-        for layer, reduced in found.items():
+        run = Unfinished(Path(folder), {}, settings.cache_memory, weights=True)
+        given = texts(source, arguments)
+        for layer, reduced in reduced_in_sequence(arguments.model, given, reduction, kept, settings, run):
             rows += reduced.grouping.rows(layer, reduced.share_E)
 
         def change(layer: LayerId) -> None:
             here = SparseLayer(source.model, source.adapter, layer)
-            found[layer].install(here)
+            run.get(layer).install(here)
             if arguments.bits is not None and layer not in arguments.exclude_layers:
                 round_layer(here, arguments.bits)
 
@@ -87,38 +89,6 @@ def main(arguments: argparse.Namespace) -> None:
         told = {name: getattr(arguments, name) for name in names}
         source.rewrite(arguments.out, change, {"stage": "reduce", "settings": told, **source.origin})
     write_table(arguments.groups, frame_of(rows, "groups"), "groups")
-
-
-def in_sequence(
-    model: Path,
-    batches: list[DomainBatch],
-    reduction: Reduction,
-    kept: dict[LayerId, int],
-    settings: Options,
-    work: Path,
-) -> dict[LayerId, Reduced]:
-    """Every layer reduced on what the reduced ones before it give; the pass holds one block in memory."""
-    from mcsmoe.calibration.layer_major import LayerMajor
-    from mcsmoe.calibration.states import States
-    from mcsmoe.checkpoint.streaming import Streamed
-    from mcsmoe.statistics.blend import blend
-    from mcsmoe.transform.layers import SparseLayer
-
-    source, found = Streamed(model), dict[Any, Any]()
-
-    def reduce(layer: LayerId, statistics: Any, tokens: Any) -> None:
-        here = SparseLayer(source.model, source.adapter, layer)
-        found[layer] = reduction.reduce(here, blend(statistics), tokens, kept[layer])
-
-    states = States(work / "states", settings.cache_memory)
-    try:
-        major = LayerMajor(source, batches, states, settings)
-        with major.open():
-            for _ in console.progress(major.blocks(reduce), "reduce"):
-                pass
-    finally:
-        states.close()
-    return found
 
 
 def counts(source: Streamed, arguments: argparse.Namespace) -> dict[LayerId, int]:
@@ -145,7 +115,7 @@ def counts(source: Streamed, arguments: argparse.Namespace) -> dict[LayerId, int
     return total | spread
 
 
-def texts(source: Streamed, arguments: argparse.Namespace) -> list[DomainBatch]:
+def texts(source: Streamed, arguments: argparse.Namespace) -> Texts:
     """Calibration rows of the training examples, of each domain its share where a mixture is given."""
     from mcsmoe.artefacts.tables import read_table
     from mcsmoe.calibration.layer_major import DomainBatch
@@ -153,6 +123,7 @@ def texts(source: Streamed, arguments: argparse.Namespace) -> list[DomainBatch]:
     from mcsmoe.data.collate import domain_batches, tokenize
     from mcsmoe.data.vocabulary import vocabulary_of
     from mcsmoe.evaluate.encoding import is_causal
+    from mcsmoe.transform.in_sequence import Texts
 
     causal = is_causal(source.model)
     examples = read_table(arguments.train, "examples")
@@ -172,7 +143,7 @@ def texts(source: Streamed, arguments: argparse.Namespace) -> list[DomainBatch]:
     )
     names = ("input_ids", "attention_mask") if causal else ("input_ids", "attention_mask", "labels")
     # Rows were drawn in the proportions that were asked for, so each token counts once.
-    return [DomainBatch(domain, {name: batch[name] for name in names}) for domain, batch in found]
+    return Texts([DomainBatch(domain, {name: batch[name] for name in names}) for domain, batch in found])
 
 
 if __name__ == "__main__":
