@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from every_family import clone, inputs_of, logits_of
 from torch import Tensor, nn
+from two_passes import assert_equal, in_memory, streamed
 
 import mcsmoe
 from mcsmoe.adapters.base import Adapter
@@ -114,12 +115,68 @@ def captured_routing(model: nn.Module, _folder: Path) -> None:
     assert inputs_of(model)["input_ids"].numel() in {batch.inputs_TD.shape[0] for batch in batches.values()}
 
 
+def streamed_statistics(model: nn.Module, folder: Path) -> None:
+    """Statistics of the checkpoint, a block at a time, are those of the model in memory: counts exactly, over batches."""
+    adapter_for(model)
+    whole = inputs_of(model)
+    batches = [{name: tensor[rows] for name, tensor in whole.items()} for rows in (slice(0, 2), slice(2, 3))]
+    expected = in_memory(model, batches)
+    model.save_pretrained(folder / "full")
+    found, _ = streamed(folder / "full", batches, folder)
+    assert list(found) == list(expected)
+    for layer, statistics in expected.items():
+        assert_equal(found[layer], statistics)
+
+
+def half_precision(model: nn.Module, folder: Path) -> None:
+    """Merged in bfloat16 every tensor keeps its number format, and values are those of the mean, rounded once."""
+    kept = _in_float32(model)
+    adapter_for(model)
+    model = model.to(torch.bfloat16)
+    for name, tensor in kept.items():
+        _set(model, name, tensor)
+    model.config.dtype = torch.bfloat16
+    formats = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    wanted: dict[LayerId, Any] = {}
+    for adapter, layer in _each(model):
+        weights = adapter.read_experts(model, layer)
+        member_GE = (TABLE[None, :] == torch.arange(4)[:, None]).double()
+        mean_GE = member_GE / member_GE.sum(dim=1, keepdim=True)
+        wanted[layer] = weights.map(lambda _, tensor, mean_GE=mean_GE: torch.tensordot(mean_GE, tensor.double(), 1))
+        adapter.write_experts(model, layer, wanted[layer], TABLE)
+    mcsmoe.save(model, folder / "half")
+    back = mcsmoe.load(folder / "half")
+    for name, tensor in back.state_dict().items():
+        assert formats.get(name, tensor.dtype) == tensor.dtype, name
+    for adapter, layer in _each(back):
+        for name, tensor in adapter.read_experts(back, layer).tensors.items():
+            assert torch.equal(tensor, wanted[layer].tensors[name].to(torch.bfloat16)), f"{layer}: {name}"
+
+
+def _in_float32(model: Any) -> dict[str, Tensor]:
+    """What a family keeps in float32 whatever the rest is stored in."""
+    parts = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return {
+        name: tensor.detach().clone()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if any(part in name for part in parts)
+    }
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, last = name.rpartition(".")
+    held = getattr(model.get_submodule(path), last)
+    held.data = tensor
+
+
 LAWS: dict[str, Callable[[nn.Module, Path], None]] = {
     "neurons in any order": permuted_neurons,
     "identical experts": identical_experts,
     "merged by hand": merged_by_hand,
     "pruned by hand": pruned_by_hand,
     "routing": captured_routing,
+    "streamed": streamed_statistics,
+    "bfloat16": half_precision,
 }
 
 
