@@ -9,7 +9,7 @@ This module imports torch and nothing else: no model class, no file, no device c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -157,18 +157,20 @@ class RoutedBatch:
     chosen_TK: Tensor  # int64, the experts that computed the token: equal to wanted_TK, or -1 where over capacity
     weights_TK: Tensor  # combine weights
     valid_T: Tensor  # bool: real tokens (attention mask 1; decoder positions with a label)
+    scale_TK: Tensor | None = (
+        None  # what a chosen expert's input is multiplied by before it reads it (Llama-4); None: 1
+    )
 
     def only_valid(self) -> RoutedBatch:
         """The same batch with padding and unlabelled positions removed."""
-        keep = self.valid_T
-        return RoutedBatch(
-            self.inputs_TD[keep],
-            self.logits_TE[keep],
-            self.wanted_TK[keep],
-            self.chosen_TK[keep],
-            self.weights_TK[keep],
-            keep[keep],
-        )
+        return self._each(lambda tensor: tensor[self.valid_T])
+
+    def detached(self) -> RoutedBatch:
+        """The same batch without its graph."""
+        return self._each(Tensor.detach)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> RoutedBatch:
+        return replace(self, **{name: change(tensor) for name, tensor in vars(self).items() if tensor is not None})
 
 
 @dataclass(frozen=True)

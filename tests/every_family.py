@@ -116,6 +116,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "global_head_dim": 8,
     },
     "deepseek_v2": {"num_experts_per_tok": CHOICES},
+    "inkling2_text": {"n_layers_per_attn_res_block": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mistral4": {"head_dim": 16},
     "nemotron_h": {

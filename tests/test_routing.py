@@ -33,7 +33,7 @@ def routed(tokens: int, seed: int = 0, choices: int = CHOICES, dropped: float = 
 
 
 def rows(batch: RoutedBatch, index: Any) -> RoutedBatch:
-    return RoutedBatch(**{name: tensor[index] for name, tensor in vars(batch).items()})
+    return RoutedBatch(**{name: tensor[index] for name, tensor in vars(batch).items() if tensor is not None})
 
 
 def collected(*batches: RoutedBatch, **settings: Any) -> RoutingStatistics:

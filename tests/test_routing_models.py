@@ -15,7 +15,7 @@ from mcsmoe.types import RoutedBatch
 
 
 def rows(batch: RoutedBatch, index: Any) -> RoutedBatch:
-    return RoutedBatch(**{name: tensor[index] for name, tensor in vars(batch).items()})
+    return RoutedBatch(**{name: tensor[index] for name, tensor in vars(batch).items() if tensor is not None})
 
 
 # -- real models -------------------------------------------------------------------------------------------------

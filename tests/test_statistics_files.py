@@ -27,14 +27,21 @@ from mcsmoe.transform.compress import CompressSettings, compress_layers
 from mcsmoe.transform.layers import ModelLayers
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, text, and statistics that a merge of it has saved."""
-    mcsmoe.save(model(), tmp_path / "full")
-    (tmp_path / "tokens.jsonl").write_text("\n".join(json.dumps(row) for row in rows()))
-    kept = ("--calibration", tmp_path / "tokens.jsonl", "--save-statistics", tmp_path / "kept.safetensors")
-    run("merge", tmp_path / "full", *kept, "--experts", 3, "--alignment", "none", "--out", tmp_path / "first")
-    return tmp_path
+    folder = tmp_path_factory.mktemp("statistics")
+    mcsmoe.save(model(), folder / "full")
+    (folder / "tokens.jsonl").write_text("\n".join(json.dumps(row) for row in rows()))
+    kept = ("--calibration", folder / "tokens.jsonl", "--save-statistics", folder / "kept.safetensors")
+    run("merge", folder / "full", *kept, "--experts", 3, "--alignment", "none", "--out", folder / "first")
+    return folder
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path) -> Path:
+    """A copy of them, to be changed."""
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def changed(folder: Path, out: Path, name: str) -> Path:

@@ -33,7 +33,6 @@ from mcsmoe.adapters.redirecting import (
     ExpertShape,
     Place,
     RedirectingAdapter,
-    detached,
     newest_positions,
     recording,
 )
@@ -179,10 +178,18 @@ class FusedAdapter(RedirectingAdapter):
     def capture(self, model: nn.Module, detach: bool = True) -> Iterator[Capture]:
         captured, call, hooks = Capture(), {}, []  # type: ignore[var-annotated]
 
-        def record(layer: LayerId, routing: _Routing, hidden: Tensor, index_TK: Tensor, weights_TK: Tensor) -> None:
+        def record(
+            layer: LayerId,
+            routing: _Routing,
+            hidden: Tensor,
+            index_TK: Tensor,
+            weights_TK: Tensor,
+            scale_TK: Tensor | None = None,
+        ) -> None:
             inputs_TD = hidden.reshape(-1, hidden.shape[-1])
-            batch = routing.batch(inputs_TD, index_TK, weights_TK, newest_positions(_mask(call), layer, inputs_TD))
-            captured.batches[layer] = detached(batch) if detach else batch
+            valid_T = newest_positions(_mask(call), layer, inputs_TD)
+            batch = routing.batch(inputs_TD, index_TK, weights_TK, valid_T, scale_TK)
+            captured.batches[layer] = batch.detached() if detach else batch
 
         for layer in self.layers(model):
             place, experts = self._router(model, layer), self._experts(model, layer)
@@ -201,8 +208,8 @@ class FusedAdapter(RedirectingAdapter):
             ) -> None:
                 routing.routed(inputs[0], result)
                 if scaled:  # its experts are called with every token, scaled: what they give is summed as it is
-                    index_TK = result[0].topk(module.top_k, dim=-1).indices
-                    record(layer, routing, inputs[0], index_TK, torch.ones_like(index_TK, dtype=inputs[0].dtype))
+                    scale_TK, index_TK = result[0].topk(module.top_k, dim=-1)
+                    record(layer, routing, inputs[0], index_TK, torch.ones_like(scale_TK), scale_TK)
 
             def dispatch(_module: Any, inputs: Any, layer: LayerId = layer, routing: Any = routing) -> None:
                 record(layer, routing, *inputs[:3])
@@ -263,14 +270,16 @@ class _Routing:
         tolerance = 2 * torch.finfo(dtype).eps * (float(two_TE.abs().max()) + 1) * 8
         return float((one_TE - two_TE).abs().max()) < tolerance
 
-    def batch(self, inputs_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, valid_T: Tensor) -> RoutedBatch:
+    def batch(
+        self, inputs_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, valid_T: Tensor, scale_TK: Tensor | None = None
+    ) -> RoutedBatch:
         if inputs_TD.shape[0] != self.logits_TE.shape[0]:
             raise ValueError(
                 f"layer {self.layer!r}: the experts see {inputs_TD.shape[0]} tokens, their router "
                 f"{self.logits_TE.shape[0]}; such a family cannot be treated exactly"
             )
         wanted_TK = index_TK.to(torch.int64)
-        return RoutedBatch(inputs_TD, self.logits_TE, wanted_TK, wanted_TK, weights_TK, valid_T)
+        return RoutedBatch(inputs_TD, self.logits_TE, wanted_TK, wanted_TK, weights_TK, valid_T, scale_TK)
 
 
 def _dimensions(experts: nn.Module) -> tuple[int, int]:

@@ -30,7 +30,6 @@ from mcsmoe.adapters.redirecting import (
     ExpertShape,
     Place,
     RedirectingAdapter,
-    detached,
     newest_positions,
     recording,
 )
@@ -197,7 +196,7 @@ class NllbAdapter(RedirectingAdapter):
                 weights_TK=weights_TK,
                 valid_T=newest_positions(_mask(call, layer), layer, hidden_TD),
             )
-            captured.batches[layer] = detached(batch) if detach else batch
+            captured.batches[layer] = batch.detached() if detach else batch
 
         for layer in self.layers(model):
             hooks.append(

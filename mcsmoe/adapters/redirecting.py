@@ -26,9 +26,9 @@ from mcsmoe.modules import (
     dense_projections,
     empty_projections,
 )
-from mcsmoe.types import ExpertWeights, LayerId, LayerSpec, LowRankFactors, Novices, Role, RoutedBatch
+from mcsmoe.types import ExpertWeights, LayerId, LayerSpec, LowRankFactors, Novices, Role
 
-__all__ = ["NEVER", "ExpertShape", "Place", "RedirectingAdapter", "detached", "newest_positions"]
+__all__ = ["NEVER", "ExpertShape", "Place", "RedirectingAdapter", "newest_positions"]
 
 
 @dataclass(frozen=True)
@@ -367,8 +367,3 @@ def newest_positions(mask_BS: Tensor | None, layer: LayerId, inputs_TD: Tensor) 
     if tokens % rows or tokens // rows > length:
         raise ValueError(f"layer {layer!r} sees {tokens} tokens, which is not what a mask of {rows} x {length} covers")
     return mask_BS.to(device=inputs_TD.device, dtype=torch.bool)[:, length - tokens // rows :].reshape(-1)
-
-
-def detached(batch: RoutedBatch) -> RoutedBatch:
-    """The same batch without its graph."""
-    return RoutedBatch(**{name: tensor.detach() for name, tensor in vars(batch).items()})

@@ -20,7 +20,6 @@ from mcsmoe.adapters.redirecting import (
     ExpertShape,
     Place,
     RedirectingAdapter,
-    detached,
     newest_positions,
     recording,
 )
@@ -153,7 +152,7 @@ class SwitchAdapter(RedirectingAdapter):
                 weights_TK=weights_BS1.reshape(-1, 1),
                 valid_T=newest_positions(_mask(call, layer), layer, inputs_TD),
             )
-            captured.batches[layer] = detached(batch) if detach else batch
+            captured.batches[layer] = batch.detached() if detach else batch
 
         for layer in self.layers(model):
             hooks.append(

@@ -94,7 +94,7 @@ class LayerMajor:
     ) -> None:
         self.source, self.batches, self.states, self.options = source, batches, states, options
         stacks = stacks_of(source.model, source.layers)
-        self.replay = Replay(source.model, stacks, list(start))
+        self.replay = Replay(source.model, stacks, list(start), set(states.names()) - set(stacks))
         self.residency = Residency(source, [block for blocks in stacks.values() for block in blocks], options.device)
         self._start, self._left = len(start), [layer for layer in source.layers if layer not in done]
         self._first_rows = [0]
@@ -112,8 +112,8 @@ class LayerMajor:
         return self.residency.files.bytes_read
 
     def saved(self, number: int) -> Callable[[str], Any]:
-        """By stack, what its last block gave for batch ``number``."""
-        return lambda stack: self.states.get((stack, number), self.options.device)
+        """What ``replay.Saved`` is, for batch ``number``."""
+        return lambda name: self.states.get((name, number), self.options.device)
 
     def inputs(self, number: int) -> Batch:
         """Arguments of the model for batch ``number``, on the device."""
@@ -165,6 +165,11 @@ class LayerMajor:
                 # The states after the block are those of its layers as they are now.
                 for batch in range(len(self.batches)) if layers else ():
                     self._keep(path, batch, self._output(number, batch))
+        stack = self.replay.stack_of[path]
+        if path == self.replay.stacks[stack][0]:
+            self.replay.find_lasting(path, self.inputs(0), self.saved(0))
+            for batch in range(len(self.batches)) if path in self.replay.lasting else ():
+                self.states.put((path, batch), self.states.get((stack, batch), self.options.device))
         self.residency.forget(path)
         self.states.turn()
         self._left = [layer for layer in self._left if layer not in layers]
@@ -212,6 +217,8 @@ class LayerMajor:
 
     def _keep(self, path: str, batch: int, output: Any) -> None:
         self.states.put((self.replay.stack_of[path], batch), output)
+        if path in self.replay.lasting:
+            self.states.put((path, batch), output)
 
     def _following(self, path: str) -> str | None:
         """The block that probably comes next."""

@@ -5,6 +5,10 @@ the model's own forward is called: blocks whose turn is past return at once what
 block itself computes, and the pass ends there. Masks, positions, sliding windows and cross-attention are so what the
 model makes of its inputs, for each block anew, and nothing needs to be known of what stands between the blocks; what that
 costs is the embedding and the masks once per block. It also lets a killed run go on anywhere.
+
+What a block gives is mostly used up by the next one. Where a model goes back to what an earlier block gave (attention
+over the residuals of several blocks), that has to be kept: ``find_lasting`` finds such blocks by what a NaN in the place
+of their output reaches.
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree
 
 from mcsmoe.types import Batch, LayerId
 
 Saved = Callable[[str], Any]
-"""By stack, what its last block gave for the batch that runs."""
+"""By stack, what its last block gave for the batch that runs; by path, what a block gave that is needed for longer."""
 
 
 _ROUTER_LOGITS = "output_router_logits"
@@ -68,17 +73,68 @@ def stacks_of(model: nn.Module, layers: list[LayerId]) -> dict[str, list[str]]:
 
 
 @dataclass
+class _Probe:
+    """One pass in which no block computes, and one gives NaN: does that reach more than the block after it?"""
+
+    block: str
+    stack: str
+    output: Any  # of the shape that the blocks of the stack give
+    others: Mapping[str, Any]  # by stack that is done, what its last block gave
+    reached: bool = False
+    _since: int | None = None  # calls since the block's own
+
+    def passed(self, path: str, stack: str, call: Any) -> Any:
+        """What the block at ``path`` gives in this pass."""
+        if stack in self.others:
+            return _pytree.tree_map(_copied, self.others[stack])
+        if self._since is not None:
+            self._since += 1
+            self.look(call)
+        if self.reached or stack != self.stack:  # what comes to another stack is the whole of what it gets
+            raise _Halt
+        if path != self.block:
+            return _pytree.tree_map(_copied, self.output)
+        self._since = 0
+        return _pytree.tree_map(_spoiled, self.output)
+
+    def look(self, call: Any) -> None:
+        """Whether the NaN is in what something is called with; what follows the block directly may have it."""
+        if self._since is None or self._since <= 1:
+            return
+        leaves = _pytree.tree_leaves(call)
+        found = any(isinstance(one, Tensor) and one.is_floating_point() and bool(one.isnan().any()) for one in leaves)
+        self.reached = self.reached or found
+
+    def at_the_end(self, call: Any) -> None:
+        """As ``look``, for what comes after the last block."""
+        if self._since is not None:
+            self._since += 1
+        self.look(call)
+
+
+def _copied(leaf: Any) -> Any:
+    return torch.ones_like(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _spoiled(leaf: Any) -> Any:
+    return torch.full_like(leaf, torch.nan) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+@dataclass
 class Replay:
     """Runs a model block by block; inside ``installed`` alone.
 
     Attributes:
         stacks: as ``stacks_of`` gives them.
         order: paths of the blocks in the order of their calls, as far as it is known.
+        lasting: paths of the blocks whose output is read by more than the next one.
     """
 
     model: Any
     stacks: Mapping[str, list[str]]
     order: list[str] = field(default_factory=list)
+    lasting: set[str] = field(default_factory=set)
+    _probe: _Probe | None = None
     _calls: int = 0
     _stop: int | None = None
     _entered: bool = False
@@ -113,7 +169,10 @@ class Replay:
             if hook is not None:
                 hook.remove()
 
-    def _at_the_end(self, *_call: Any) -> None:
+    def _at_the_end(self, _head: nn.Module, args: Any) -> None:
+        if self._probe is not None:
+            self._probe.at_the_end(args)
+            raise _Halt
         if self._entered:
             raise _Halt
 
@@ -121,6 +180,8 @@ class Replay:
         def forward(*args: Any, **kwargs: Any) -> Any:
             number = self._calls
             self._calls += 1
+            if self._probe is not None:
+                return self._probe.passed(path, self.stack_of[path], (args, kwargs))
             if self._stop is None or number < self._stop:
                 return self._passed(self.stack_of[path], number)
             if number == len(self.order):
@@ -140,6 +201,8 @@ class Replay:
         assert self._saved is not None
         if number == self._last[stack]:
             return self._saved(stack)
+        if self.order[number] in self.lasting:
+            return self._saved(self.order[number])
         if stack not in self._spoiled:
             self._spoiled[stack] = self._saved(stack)
         return self._spoiled[stack]
@@ -150,6 +213,30 @@ class Replay:
             return self.order[number]
         self._run(number, inputs, saved, entered=True)
         return self.order[number] if number < len(self.order) else None
+
+    @torch.no_grad()
+    def find_lasting(self, path: str, inputs: Batch, saved: Saved) -> None:
+        """Fill ``lasting`` for the stack whose first block, ``path``, has just run and is saved.
+
+        The model runs once for each block with a NaN for what that block gives, and something of the right shape for all
+        others; if the NaN comes to more than the next block, or to the head, the block's output lasts. A model that
+        cannot be run so is taken to need them all.
+        """
+        stack = self.stack_of[path]
+        number = self.order.index(path)
+        before = {self.stack_of[one] for one in self.order[:number]} - {stack}
+        for block in self.stacks[stack]:
+            self._probe = probe = _Probe(block, stack, saved(stack), {other: saved(other) for other in before})
+            try:
+                probe.at_the_end(self.model(**inputs, use_cache=False))
+            except _Halt:
+                pass
+            except Exception:
+                probe.reached = True
+            finally:
+                self._probe = None
+            if probe.reached:
+                self.lasting.add(block)
 
     def block(self, number: int, inputs: Batch, saved: Saved) -> Any:
         """What the block that is called after ``number`` others gives."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mcsmoe.calibration.states import States
 from mcsmoe.statistics.outputs import ChosenOutputs
-from mcsmoe.types import RoutedBatch
+from mcsmoe.types import LayerId, RoutedBatch
 
 _HELD_OUT = 10  # every tenth row is for judging, not for fitting
 
@@ -25,11 +25,33 @@ def is_held_out(row: int) -> bool:
 class LayerBatch:
     """Valid tokens of some calibration rows in one layer, and what its original experts made of them."""
 
-    inputs_TD: Tensor  # what router and experts see
+    inputs_TD: Tensor  # what the router sees, and the experts, where nothing scales it for them
     index_TK: Tensor  # int64, the experts that computed the token; -1 for none
     weights_TK: Tensor  # what their outputs were multiplied with
     target_TD: Tensor  # sum of the weighted outputs; shared experts apart
     held_out: bool  # for judging alone
+    scale_TK: Tensor | None = None  # what a chosen expert's input is multiplied by before it reads it; None: 1
+
+    def read_by(self, expert: int) -> Tensor:
+        """[N, D]: what one expert reads, of the tokens that chose it."""
+        here_TK = self.index_TK == expert
+        inputs_ND = self.inputs_TD[here_TK.any(dim=1)]
+        return inputs_ND if self.scale_TK is None else inputs_ND * self.scale_TK[here_TK][:, None]
+
+    def read(self, layer: LayerId) -> Tensor:
+        """[T, D]: what every expert reads of a token.
+
+        Raises:
+            ValueError: the experts of a token read it differently scaled; names the layer.
+        """
+        if self.scale_TK is None:
+            return self.inputs_TD
+        if self.scale_TK.shape[1] > 1:
+            raise ValueError(
+                f"layer {layer!r}: the {self.scale_TK.shape[1]} experts of a token read it scaled by their scores, so that "
+                "there is no one input to solve on; leave out --refit, and take a method that compares no tokens"
+            )
+        return self.inputs_TD * self.scale_TK
 
 
 class LayerTokens(Protocol):
@@ -58,7 +80,8 @@ class StoredTokens:
             if not keep.any():
                 continue
             parts = (batch.inputs_TD, batch.chosen_TK, outputs.weights_TK, target_TD)
-            self.states.put((self.name, self.count), (*(part[keep] for part in parts), held_out))
+            scale_TK = None if batch.scale_TK is None else batch.scale_TK[keep]
+            self.states.put((self.name, self.count), (*(part[keep] for part in parts), held_out, scale_TK))
             self.count += 1
 
     def batches(self) -> Iterator[LayerBatch]:

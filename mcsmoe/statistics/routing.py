@@ -114,14 +114,15 @@ class RoutingStatistics:
                 made.reservoir = Reservoir.empty(made.num_experts, self.reservoir, batch.inputs_TD)
         kept = self.layers[layer]
         token_N, expert_N, gate_N = _pairs(batch)
+        read_RD, row_N = _read(batch, token_N)
         if kept.reservoir is not None:
             key_N = keys(token_N + first, expert_N, self.seed)
             # What was read from a file may be elsewhere than the model is now.
             held = kept.reservoir.to(batch.inputs_TD.device)
-            kept.reservoir = held.offer(batch.inputs_TD, token_N, expert_N, gate_N, key_N)
+            kept.reservoir = held.offer(read_RD, row_N, expert_N, gate_N, key_N)
         if kept.input_gram_EDD is not None:
-            for expert, rows_N in _by_expert(token_N, expert_N, kept.num_experts):
-                gram_DD = column_gram(batch.inputs_TD[rows_N])
+            for expert, rows_N in _by_expert(row_N, expert_N, kept.num_experts):
+                gram_DD = column_gram(read_RD[rows_N])
                 kept.input_gram_EDD[expert] += gram_DD.to(kept.input_gram_EDD.device)
 
     def merge(self, other: RoutingStatistics) -> RoutingStatistics:
@@ -184,16 +185,17 @@ class RoutingStatistics:
 # -- one batch ---------------------------------------------------------------------------------------------------
 def _measure(layer: LayerId, batch: RoutedBatch, position: int) -> LayerStatistics:
     """Statistics of one batch, all of whose tokens are valid."""
-    inputs_TD, logits_TE = batch.inputs_TD, batch.logits_TE
+    logits_TE = batch.logits_TE
     tokens, experts = logits_TE.shape
     single = torch.promote_types(logits_TE.dtype, torch.float32)
     wanted_E = torch.bincount(batch.wanted_TK.flatten(), minlength=experts)
     token_N, expert_N, gate_N = _pairs(batch)
     computed_E = torch.bincount(expert_N, minlength=experts)
-    sums_3ED = expert_sums(inputs_TD, token_N, expert_N, computed_E, 3, _input_terms)
+    read_RD, row_N = _read(batch, token_N)
+    sums_3ED = expert_sums(read_RD, row_N, expert_N, computed_E, 3, _input_terms)
     assert bool((computed_E <= wanted_E).all()), f"{layer}: an expert computed tokens that did not want it"
     made = LayerStatistics(
-        valid_tokens=torch.tensor(tokens, device=inputs_TD.device),
+        valid_tokens=torch.tensor(tokens, device=logits_TE.device),
         wanted_E=wanted_E,
         computed_E=computed_E,
         dropped_E=wanted_E - computed_E,
@@ -207,7 +209,7 @@ def _measure(layer: LayerId, batch: RoutedBatch, position: int) -> LayerStatisti
         token_square_sum_D=_square_sum(batch, sums_3ED[2]),
         saliency_tokens_E=torch.zeros_like(computed_E),
         saliency_sum_E=torch.zeros_like(computed_E, dtype=torch.float64),
-        position=torch.tensor(position + tokens, device=inputs_TD.device),
+        position=torch.tensor(position + tokens, device=logits_TE.device),
     )
     # A number that is not finite shows in the sums it entered, so the inputs need no pass of their own.
     reached = (made.logits_gram_EE, made.token_square_sum_D, made.gate_sum_E)
@@ -243,6 +245,14 @@ def _pairs(batch: RoutedBatch) -> tuple[Tensor, Tensor, Tensor]:
     return place_N.div(choices, rounding_mode="floor"), chosen_N, gate_N
 
 
+def _read(batch: RoutedBatch, token_N: Tensor) -> tuple[Tensor, Tensor]:
+    """What experts read, [R, D], and the row of it that each of the N computed choices reads."""
+    if batch.scale_TK is None:
+        return batch.inputs_TD, token_N
+    scale_N = batch.scale_TK[batch.chosen_TK >= 0]
+    return batch.inputs_TD[token_N] * scale_N[:, None], torch.arange(len(token_N), device=token_N.device)
+
+
 def _input_terms(rows_CRD: Tensor, _choice_CR: Tensor, out_3CD: Tensor) -> None:
     """Sums of inputs, of their absolute values and of their squares."""
     torch.sum(rows_CRD, dim=1, out=out_3CD[0])
@@ -253,7 +263,7 @@ def _input_terms(rows_CRD: Tensor, _choice_CR: Tensor, out_3CD: Tensor) -> None:
 def _square_sum(batch: RoutedBatch, square_sum_ED: Tensor) -> Tensor:
     """float64 [D]: squared inputs of all tokens, each once however many experts computed it."""
     rows_TD, total_D = batch.inputs_TD, torch.zeros_like(square_sum_ED[0])
-    if batch.chosen_TK.shape[1] == 1:
+    if batch.chosen_TK.shape[1] == 1 and batch.scale_TK is None:
         # One expert each: the experts' sums hold all but the dropped tokens.
         rows_TD, total_D = rows_TD[batch.chosen_TK[:, 0] < 0], square_sum_ED.sum(dim=0)
     return rows_TD.double().square().sum(dim=0) + total_D
@@ -294,10 +304,11 @@ def _saliency(batch: RoutedBatch, weights: ExpertWeights, activation: ExpertActi
     """float64 [E]: per expert, sum over its tokens of combine weight times L2 norm of its output."""
     total_E = torch.zeros(weights.num_experts, dtype=torch.float64, device=batch.inputs_TD.device)
     token_N, expert_N, gate_N = _pairs(batch)
-    gate_TE = torch.zeros(batch.logits_TE.shape, dtype=torch.float64, device=gate_N.device)
-    gate_TE[token_N, expert_N] = gate_N.double()
-    for expert, rows_N in _by_expert(token_N, expert_N, weights.num_experts):
-        hidden_NF = weights.hidden(expert, batch.inputs_TD[rows_N], activation)
+    read_RD, row_N = _read(batch, token_N)
+    gate_RE = torch.zeros(len(read_RD), weights.num_experts, dtype=torch.float64, device=gate_N.device)
+    gate_RE[row_N, expert_N] = gate_N.double()
+    for expert, rows_N in _by_expert(row_N, expert_N, weights.num_experts):
+        hidden_NF = weights.hidden(expert, read_RD[rows_N], activation)
         norm_N = torch.linalg.vector_norm(weights.output(expert, hidden_NF), dim=1, dtype=torch.float64)
-        total_E[expert] = gate_TE[rows_N, expert] @ norm_N
+        total_E[expert] = gate_RE[rows_N, expert] @ norm_N
     return total_E

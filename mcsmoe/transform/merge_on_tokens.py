@@ -84,5 +84,5 @@ def _routed(layer: SparseLayer, tokens: LayerTokens | None, experts: int) -> lis
     found: list[list[Tensor]] = [[] for _ in range(experts)]
     for batch in _require(layer, tokens).batches():
         for expert, parts in enumerate(found):
-            parts.append(batch.inputs_TD[(batch.index_TK == expert).any(dim=1)])
+            parts.append(batch.read_by(expert))
     return [torch.cat(parts) for parts in found]

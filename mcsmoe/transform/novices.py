@@ -22,7 +22,7 @@ def fit_novices(weights: ExpertWeights, activation: ExpertActivation, tokens: La
             if batch.held_out:
                 continue
             here_TK = batch.index_TK == expert
-            inputs_TD = batch.inputs_TD[here_TK.any(dim=1)]
+            inputs_TD = batch.read_by(expert)
             gate_T = batch.weights_TK[here_TK]
             pairs.append((inputs_TD, expert_outputs(weights, expert, inputs_TD, activation), gate_T.double().square()))
         if rank:
@@ -47,7 +47,7 @@ def remainder_sums(
         outputs_TKD = batch.inputs_TD.new_zeros(*batch.index_TK.shape, weights.d_model)
         for expert in range(weights.num_experts):
             here_TK = batch.index_TK == expert
-            inputs_TD = batch.inputs_TD[here_TK.any(dim=1)]
+            inputs_TD = batch.read_by(expert)
             given_TD = expert_outputs(weights, expert, inputs_TD, activation)
             if novices is not None:
                 given_TD = given_TD - novices.output(expert, inputs_TD).to(given_TD)

@@ -55,11 +55,13 @@ def refit_layer(layer: SparseLayer, tokens: LayerTokens, refitting: Refitting, r
     fitted: list[RefitBatch] = []
     held: list[RefitBatch] = []
     for batch in tokens.batches():
-        index_TK, gate_TK, inputs_TD, target_TD = batch.index_TK, batch.weights_TK, batch.inputs_TD, batch.target_TD
+        index_TK, gate_TK, target_TD = batch.index_TK, batch.weights_TK, batch.target_TD
+        inputs_TD = batch.read(layer.id)
         if reroutes or shared is not None:
-            seen = probe(layer, inputs_TD, None if shared is None else shared.name)
+            seen = probe(layer, batch.inputs_TD, None if shared is None else shared.name)
             if reroutes:
                 index_TK, gate_TK = seen.index_TK, seen.gate_TK
+                inputs_TD = replace(batch, scale_TK=seen.scale_TK).read(layer.id)
         slot_TK = torch.where(index_TK < 0, -1, table.to(index_TK.device)[index_TK.clamp(min=0)])
         if shared is not None:
             # Its features are not a function of the inputs that is at hand, so they come along with these.

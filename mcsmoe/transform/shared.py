@@ -24,6 +24,7 @@ class Probe:
     gate_TK: Tensor  # what their outputs are multiplied with
     hidden_TP: Tensor | None = None  # what the shared output projection reads
     factor_T: Tensor | None = None  # what its output is multiplied with
+    scale_TK: Tensor | None = None  # what experts' inputs are multiplied with before they read them; None: 1
 
 
 @torch.no_grad()
@@ -43,10 +44,10 @@ def probe(layer: SparseLayer, inputs_TD: Tensor, projection: str | None = None) 
         for hook in hooks:
             hook.remove()
     if inner is None or len(seen_TP) != 1:
-        return Probe(found.chosen_TK, chosen.weights_TK)
+        return Probe(found.chosen_TK, chosen.weights_TK, scale_TK=found.scale_TK)
     total_TD = _of_tokens(output, inputs_TD)
     if total_TD is None:
-        return Probe(found.chosen_TK, chosen.weights_TK)
+        return Probe(found.chosen_TK, chosen.weights_TK, scale_TK=found.scale_TK)
     gated_TKD = chosen.outputs_TKD.double() * chosen.weights_TK[:, :, None].double()
     routed_TD = torch.where((found.chosen_TK >= 0)[:, :, None], gated_TKD, 0.0).sum(dim=1)
     hidden_TP = seen_TP[0].reshape(len(inputs_TD), -1)
@@ -55,8 +56,8 @@ def probe(layer: SparseLayer, inputs_TD: Tensor, projection: str | None = None) 
     off = (rest_TD - factor_T[:, None] * given_TD).norm() / rest_TD.norm().clamp(min=1e-300)
     low = total_TD.dtype in (torch.bfloat16, torch.float16)
     if not off < (_NEAR * 30 if low else _NEAR):
-        return Probe(found.chosen_TK, chosen.weights_TK)
-    return Probe(found.chosen_TK, chosen.weights_TK, hidden_TP, factor_T.to(hidden_TP.dtype))
+        return Probe(found.chosen_TK, chosen.weights_TK, scale_TK=found.scale_TK)
+    return Probe(found.chosen_TK, chosen.weights_TK, hidden_TP, factor_T.to(hidden_TP.dtype), found.scale_TK)
 
 
 def shared_projection(layer: SparseLayer, inputs_TD: Tensor) -> str | None:
