@@ -59,6 +59,10 @@ class Adapter(ABC):
         """Sparse layers in forward order; the module path is the name in every table."""
 
     @abstractmethod
+    def experts_path(self, model: nn.Module, layer: LayerId) -> str:
+        """Path of the module that holds the experts of a layer."""
+
+    @abstractmethod
     def num_experts(self, model: nn.Module, layer: LayerId) -> int:
         """E: the router's outputs, unchanged by merging."""
 

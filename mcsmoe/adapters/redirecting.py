@@ -82,6 +82,9 @@ class RedirectingAdapter(Adapter):
         name = self._experts_name(model, layer)
         return getattr(model.get_submodule(layer), name)
 
+    def experts_path(self, model: nn.Module, layer: LayerId) -> str:
+        return f"{layer}.{self._experts_name(model, layer)}"
+
     def _shape(self, model: nn.Module, layer: LayerId) -> ExpertShape:
         experts = self._experts(model, layer)
         if not isinstance(experts, RedirectedExperts):

@@ -88,7 +88,14 @@ class Residency:
         module = self.source.model.get_submodule(block)
         for path, part in module.named_modules():
             for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
-                _require(tensor, f"{block}.{path}.{name}", part)
+                full = ".".join(one for one in (block, path, name) if one)
+                owner = self.source.model.all_tied_weights_keys.get(full)
+                if tensor.is_meta and owner is not None:
+                    raise ValueError(
+                        f"block {block!r} has no weights of its own (it shares {full!r} with {owner!r}), so its experts would "
+                        "be changed twice; such a model cannot be treated exactly"
+                    )
+                _require(tensor, full, part)
         module.to(self.device)
 
     def _units(self, block: str) -> list[list[str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mcsmoe.adapters.counts import experts_said
-from mcsmoe.artefacts.tensors import TensorInfo
+from mcsmoe.artefacts.tensors import TensorFolder, TensorInfo
 from mcsmoe.checkpoint import format as compact
 from mcsmoe.checkpoint.engines import notes
 from mcsmoe.checkpoint.quantised.folder import Dequantised
@@ -38,8 +38,12 @@ def describe(folder: Path) -> dict[str, Any]:
         held = (stored[part].nbytes for name in given for part in tensors.parts(name))
         return {"parameters": _parameters(given), "bytes": sum(held)}
 
+    # By the model's own structure where the library knows it: names of stored experts differ, and may hold two layers' at once.
+    structure = _by_structure(folder, config, tensors) if found is None else {}
     inside: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in infos.items():
+    for layer, (_, _, names) in structure.items():
+        inside[layer] = {name: infos[name] for name in names if name in infos}
+    for name, info in infos.items() if not structure else ():
         place = _EXPERTS.match(name)
         if place:
             inside.setdefault(place[1] or place[2], {})[name] = info
@@ -48,14 +52,18 @@ def describe(folder: Path) -> dict[str, Any]:
     for layer, within in sorted(inside.items(), key=lambda item: _natural(item[0])):
         spec = specs.get(layer)
         row: dict[str, Any] = {"layer": layer, **size(within)}
+        if layer in structure and structure[layer][1] != row["parameters"]:  # its experts are a part of these tensors
+            share = structure[layer][1] / max(1, row["parameters"])
+            row |= {"parameters": structure[layer][1], "bytes": round(row["bytes"] * share)}
         if spec is None:
-            experts = _stock_experts(within, said)
+            experts = structure[layer][0] if layer in structure else _stock_experts(within, said)
             row |= {"experts": experts, "groups": experts, "rank": None, "kept_rows": None}
         else:
             row |= {"experts": len(spec.expert_to_group), "groups": spec.num_groups, "rank": None, "kept_rows": None}
             if spec.compression is not None:
                 row |= {"rank": spec.compression.rank, "kept_rows": spec.compression.kept_rows}
         layers.append(row)
+    of_experts = {name for within in inside.values() for name in within}
     return {
         "folder": str(folder),
         "form": "stock" if found is None else "compact",
@@ -64,13 +72,35 @@ def describe(folder: Path) -> dict[str, Any]:
         "quantisation": tensors.settings.method if isinstance(tensors, Dequantised) else None,
         "dtypes": sorted({str(info.dtype).removeprefix("torch.") for info in stored.values()}),
         "layers": layers,
-        "experts": size(name for name in infos if _EXPERTS.match(name)),
-        "rest": size(name for name in infos if not _EXPERTS.match(name)),
+        "experts": size(of_experts),
+        "rest": size(name for name in infos if name not in of_experts),
         "total": size(infos),
         "files": sorted(file.path.name for file in tensors.files.values()),
         "notes": notes(config, [row["experts"] for row in layers], [row["groups"] for row in layers]),
         "provenance": {} if found is None else dict(found.provenance),
     }
+
+
+def _by_structure(folder: Path, config: dict[str, Any], tensors: TensorFolder) -> dict[str, tuple[int, int, list[str]]]:
+    """By sparse layer: experts, their parameters, and the stored tensors that hold them; empty where no adapter treats it."""
+    from mcsmoe.adapters.registry import adapter_for
+    from mcsmoe.checkpoint.names import NameMap
+    from mcsmoe.checkpoint.skeleton import stock_skeleton
+
+    try:
+        model = stock_skeleton(folder, config)
+        adapter = adapter_for(model)
+        names = NameMap(model, tensors, stored_as_named=False)
+    except (ValueError, TypeError):
+        return {}
+    found: dict[str, tuple[int, int, list[str]]] = {}
+    for layer in adapter.layers(model):
+        path = adapter.experts_path(model, layer)
+        own = {f"{path}.{name}": tensor for name, tensor in model.get_submodule(path).named_parameters()}
+        stored = [one for name in own for one in names.units.get(name, [])]
+        count = sum(tensor.numel() for tensor in own.values())
+        found[layer] = (adapter.num_experts(model, layer), count, list(dict.fromkeys(stored)))
+    return found
 
 
 def _natural(text: str) -> list[Any]:

@@ -31,11 +31,15 @@ class Change:
 
 def gives_logits(model: Any) -> bool:
     """Whether ``model`` predicts tokens: it has a head over the vocabulary, and not another one."""
+    # A class around a language model, with towers beside it, may leave the head to that.
+    return any(_head(one) is not None for one in (model, *model.children()))
+
+
+def _head(model: Any) -> Any:
     try:
-        head = model.get_output_embeddings()
+        return model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
-        return False
-    return head is not None
+        return None
 
 
 def require_logits(model: nn.Module, folder: object, why: str) -> None:
