@@ -19,6 +19,7 @@ from tiny_switch import batch, logits, model
 import mcsmoe
 from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.artefacts.tables import read_table
+from mcsmoe.artefacts.tensors import TensorFolder
 from mcsmoe.calibration.evidence import Evidence
 from mcsmoe.calibration.files import load_statistics
 from mcsmoe.checkpoint.format import layer_specs
@@ -118,8 +119,10 @@ def test_merging_gives_what_the_stages_give_in_memory(options: tuple[str, ...], 
     assert table.groupby("layer")["group"].nunique().sum() == 3 * 5
     save_model(made, tmp_path / "memory")
     names = ("merged", "memory")
-    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in names)
-    assert one == two
+    one, two = (TensorFolder(tmp_path / name) for name in names)
+    assert one.fingerprint == two.fingerprint
+    if not MERGES[method].drops:  # else tensors lie in the file as they did before, which is another order
+        assert (one.folder / "model.safetensors").read_bytes() == (two.folder / "model.safetensors").read_bytes()
 
 
 def test_statistics_do_not_depend_on_how_they_were_collected(full: Path, tmp_path: Path) -> None:
