@@ -165,17 +165,22 @@ class LayerMajor:
                 # The states after the block are those of its layers as they are now.
                 for batch in range(len(self.batches)) if layers else ():
                     self._keep(path, batch, self._output(number, batch))
-        stack = self.replay.stack_of[path]
-        if path == self.replay.stacks[stack][0]:
-            self.replay.find_lasting(path, self.inputs(0), self.saved(0))
-            for batch in range(len(self.batches)) if path in self.replay.lasting else ():
-                self.states.put((path, batch), self.states.get((stack, batch), self.options.device))
+        self._find_lasting(path)
         self.residency.forget(path)
         self.states.turn()
         self._left = [layer for layer in self._left if layer not in layers]
         statistics = {layer: one.by_domain() for layer, one in found.items()}
         halves = {layer: one.halves for layer, one in found.items() if one.halves is not None}
         return Block(number, path, statistics, halves, time.monotonic() - started)
+
+    def _find_lasting(self, path: str) -> None:
+        """After the first block of a stack: what its blocks give that is needed for longer, which this one may give too."""
+        name = self.replay.stack_of[path]
+        if path != self.replay.stacks[name][0]:
+            return
+        self.replay.find_lasting(path, self.inputs(0), self.saved(0))
+        for batch in range(len(self.batches)) if path in self.replay.lasting else ():
+            self.states.put((path, batch), self.states.get((name, batch), self.options.device))
 
     def _collected(
         self, number: int, path: str, layers: list[LayerId], tokens: States | None
