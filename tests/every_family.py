@@ -115,6 +115,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 0,
         "global_head_dim": 8,
     },
+    "doge": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4},
     "deepseek_v2": {"num_experts_per_tok": CHOICES},
     "inkling2_text": {"n_layers_per_attn_res_block": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},

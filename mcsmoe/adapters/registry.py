@@ -47,7 +47,8 @@ def has_experts(model: nn.Module) -> bool:
 
 def _experts(model: nn.Module) -> tuple[str, nn.Module] | None:
     for path, module in model.named_modules():
-        if "expert" in type(module).__name__.lower() or path.rpartition(".")[2] == "experts":
+        kind = type(module).__name__
+        if "expert" in kind.lower() or kind.endswith(("MoE", "MoeBlock")) or path.rpartition(".")[2] == "experts":
             return path, module
     return None
 
