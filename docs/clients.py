@@ -54,9 +54,11 @@ def _cell(results: Mapping[str, str], family: str) -> str:
     }
     if not own:
         return "not tried"
-    if all(said.startswith("published model:") for said in own.values()):
+    if all(said.startswith("published model:") and "the same tokens" not in said for said in own.values()):
         return "its own failure"
-    return f"{sum(said == 'same' for said in own.values())} of {len(own)}"
+    exact = sum(said == "same" for said in own.values())
+    tokens = sum("the same tokens" in said for said in own.values())
+    return f"{exact + tokens} of {len(own)}" + (f", of {tokens} the tokens alone" if tokens else "")
 
 
 def page() -> str:

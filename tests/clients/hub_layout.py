@@ -201,7 +201,8 @@ def _tokenizer(folder: Path) -> None:
     """Bytes, two merges, and the special tokens; as files of an older library than the installed one wrote them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    special = ["<pad>", "<s>", "</s>"]
+    # The last ones are of GLM-4, whose conversion to GGUF looks for them.
+    special = ["<pad>", "<s>", "</s>", "[gMASK]", "<|endoftext|>", "<|user|>", "<|observation|>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*special, *letters, "th", "the"])}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h"), ("th", "e")]))
