@@ -29,6 +29,9 @@ model itself is the program's own, and said below.
 
 {notes}
 
+What llama.cpp makes of gpt-oss is its YaRN, which does not know `truncate: false`: with `truncate: true` in `rope_scaling` the published
+model's log-probabilities differ by 6e-6. A gpt-oss is tried in plain numbers here, not in MXFP4 as it was first published.
+
 Merged checkpoints as they are stored, by the plugin of `plugins/vllm`: the tokens and log-probabilities of `mcsmoe.load`, and the
 experts take the bytes that they have in the file. *uneven*: layers keep different numbers of groups; *pruned-unevenly*: routers
 of different numbers of experts.
@@ -54,11 +57,9 @@ def _cell(results: Mapping[str, str], family: str) -> str:
     }
     if not own:
         return "not tried"
-    if all(said.startswith("published model:") and "the same tokens" not in said for said in own.values()):
+    if all(said.startswith("published model:") for said in own.values()):
         return "its own failure"
-    exact = sum(said == "same" for said in own.values())
-    tokens = sum("the same tokens" in said for said in own.values())
-    return f"{exact + tokens} of {len(own)}" + (f", of {tokens} the tokens alone" if tokens else "")
+    return f"{sum(said == 'same' for said in own.values())} of {len(own)}"
 
 
 def page() -> str:
