@@ -6,6 +6,7 @@ forward pass keeps what is not an expert in memory and reads experts from the fi
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mcsmoe.adapters.registry import adapter_for
-from mcsmoe.artefacts.digests import check_sums, digest_files
+from mcsmoe.artefacts.digests import check_sums
 from mcsmoe.artefacts.tensors import SHARD_BYTES, TensorFolder
 from mcsmoe.checkpoint import fields, leftovers
 from mcsmoe.checkpoint import format as compact
@@ -125,8 +126,9 @@ class Streamed:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over configuration and weight files, for provenance."""
-        return digest_files([self.folder / "config.json", *sorted(file.path for file in self.tensors.files.values())])
+        """SHA-256 over config.json and the fingerprint of the weights, for provenance: no weight file is read whole for it."""
+        written = (self.folder / "config.json").read_bytes()
+        return hashlib.sha256(written + self.tensors.fingerprint.encode()).hexdigest()
 
     @cached_property
     def lineage(self) -> list[str]:
