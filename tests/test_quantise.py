@@ -51,20 +51,22 @@ def test_the_scale_is_near_the_best_of_a_fine_search(bits: int, dtype: torch.dty
     integer_oi, scale_og = quantise(weight_oi, bits, 32)
     assert integer_oi.dtype == torch.int8
     assert (scale_og.dtype, scale_og.shape) == (dtype, (6, 2))
-    high = 2 ** (bits - 1) - 1
+    high, total, least = 2 ** (bits - 1) - 1, 0.0, 0.0
     for row in range(6):
         for place in range(2):
             group = weight_oi[row, place * 32 : place * 32 + 32].double()
             mine = integer_oi[row, place * 32 : place * 32 + 32].double() * scale_og[row, place].double()
-            best = min(
+            total += float((mine - group).square().sum())
+            least += min(
                 float(((group / scale).round().clamp(-high - 1, high) * scale - group).square().sum())
                 for scale in (group.abs().max() / high * share for share in torch.linspace(0.5, 1.1, 600).double())
             )
-            assert float((mine - group).square().sum()) <= (1.15 if bits == 4 else 1.6) * best
+    # Of 600 scales one fits fine integers by luck, which is no matter of where the largest entry is cut.
+    assert total <= (1.1 if bits == 4 else 1.4) * least
     plain = weight_oi.float().view(6, 2, 32)
     step = plain.abs().amax(dim=2, keepdim=True) / high
     rounded = (plain / step).round() * step
-    error = (dequantise(integer_oi, scale_og).float() - weight_oi.float()).square().sum()
+    error = (dequantise(integer_oi, scale_og.float()) - weight_oi.float()).square().sum()
     assert error <= (rounded - plain).square().sum() * 1.001
 
 
