@@ -15,6 +15,7 @@ from mcsmoe.grouping.budget import predicted
 from mcsmoe.similarity.tokens import hidden, output
 from mcsmoe.statistics.layer import LayerStatistics
 from mcsmoe.transform.budget import energy, relative_curve
+from mcsmoe.transform.domains import slim
 from mcsmoe.transform.layers import Layers, SparseLayer
 from mcsmoe.types import LayerId, Role
 
@@ -137,13 +138,17 @@ def alternatives(
     Raises:
         ValueError: not even the fewest experts in the fewest bits fit; names the size that would.
     """
-    curves = {layer: relative_curve(layer, statistics[layer], criterion, limits[layer], fewest) for layer in layers.ids}
+    curves: dict[LayerId, Tensor] = {}
+    small: dict[LayerId, LayerStatistics] = {}
+    rounding: dict[LayerId, dict[int, Tensor]] = {}
+    for layer in layers.ids:
+        whole = statistics[layer]  # read once: it may come from a file
+        curves[layer], small[layer] = relative_curve(layer, whole, criterion, limits[layer], fewest), slim(whole)
+        if group is not None and sizes.packed:
+            with layers.open(layer) as opened:
+                rounding[layer] = rounding_errors(opened, whole, list(sizes.packed), group)
     numbers = limits[layers.ids[0]].numbers(fewest)
     usable = [k for k in numbers if all(k < len(curve) and torch.isfinite(curve[k]) for curve in curves.values())]
-    rounding: dict[LayerId, dict[int, Tensor]] = {}
-    for layer in layers.ids if group is not None and sizes.packed else ():
-        with layers.open(layer) as opened:
-            rounding[layer] = rounding_errors(opened, statistics[layer], list(sizes.packed), group or 0)
     found: list[Alternative] = []
     least = None
     for budget in budgets:
@@ -157,9 +162,9 @@ def alternatives(
                 pruned = sum(float(curves[layer][count]) for layer, count in counts.items())
                 rounded = 0.0
                 for layer, count in counts.items() if bits is not None else ():
-                    inputs = CriterionInputs(layer, statistics[layer])
+                    inputs = CriterionInputs(layer, small[layer])
                     kept_K = choose(criterion, inputs, count, limits[layer])
-                    rounded += float(rounding[layer][bits or 0][kept_K].sum()) / energy(statistics[layer])
+                    rounded += float(rounding[layer][bits or 0][kept_K].sum()) / energy(small[layer])
                 found.append(Alternative(budget, kept, bits, sizes.bytes(counts, bits), pruned, rounded))
                 break
     if not found:
