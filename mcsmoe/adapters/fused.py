@@ -47,17 +47,23 @@ class FusedAdapter(RedirectingAdapter):
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
-        blocks = [block for block in model.modules() if expert_children(block)]
-        return bool(blocks) and all(cls._problem(block) is None for block in blocks)
+        return any(expert_children(block) for block in model.modules()) and cls.refusal(model) is None
 
     @classmethod
     def refusal(cls, model: nn.Module) -> str | None:
         """Why a model that has stacked experts is not treated, naming the layer; None if it has none or is treated."""
+        owners: dict[int, str] = {}
         for path, block in model.named_modules():
-            if expert_children(block):
-                problem = cls._problem(block)
-                if problem is not None:
-                    return f"layer {path!r}: {problem}"
+            found = expert_children(block)
+            if not found:
+                continue
+            problem = cls._problem(block)
+            if problem is not None:
+                return f"layer {path!r}: {problem}"
+            first = next(found[0][1].parameters(), None)
+            owner = path if first is None else owners.setdefault(id(first), path)
+            if owner != path:
+                return f"layer {path!r}: its experts are those of {owner!r}, so what is done to one is done to both"
         return None
 
     @staticmethod
