@@ -42,7 +42,7 @@ def found(results: Path, task: str, experts: int) -> dict[str, dict[int, Path]]:
     made: dict[str, dict[int, Path]] = {}
     for seed in sorted((results / task).glob("seed*")):
         number = int(seed.name.removeprefix("seed"))
-        for folder in sorted(seed.rglob("*_evaluation")):
+        for folder in sorted(file.parent for file in seed.rglob("metrics.parquet")):
             parts = folder.relative_to(seed).parts
             method = parts[0].removesuffix("_evaluation")
             # Rounding alone keeps every expert.
