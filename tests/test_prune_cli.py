@@ -215,13 +215,13 @@ def test_a_spread_budget_leaves_every_router_enough_to_choose_from(
     assert [len(one["kept"]) for one in listed.values()] == [3, 3]
 
 
-@pytest.mark.parametrize("method", ["msmoe-refit", "ream", "mergemoe", "reap-refit"])
+@pytest.mark.parametrize("method", ["msmoe-refit", "ream", "mergemoe", "reap-refit", "gram-refit"])
 def test_published_merges_in_sequence(method: str, full: Path, text: Path, tmp_path: Path) -> None:
     words = ("--method", method, "--experts", 3, "--budget", "uniform", "--calibration", text)
     run("merge", full, *words, "--out", tmp_path / "out")
     made = mcsmoe.load(tmp_path / "out")
     adapter = adapter_for(made)
-    drops = method.startswith("rea")
+    drops = method.startswith(("rea", "gram"))
     for layer in adapter.layers(made):
         assert adapter.read_experts(made, layer).num_experts == 3
         assert adapter.num_experts(made, layer) == (3 if drops else 6)

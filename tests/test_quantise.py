@@ -150,6 +150,14 @@ def test_the_bytes_are_those_that_were_foretold(bits: int, place: Path) -> None:
             assert own == packed_bytes(info.shape, info.dtype.itemsize, bits, 32)
 
 
+def test_merges_that_delete_rows_are_packed_too(place: Path, tmp_path: Path) -> None:
+    words = ["merge", place / "full", "--method", "ream", "--experts", 3, "--calibration", place / "text.jsonl"]
+    run(*words, "--bits", 4, "--out", tmp_path / "out")
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized"
+    )
+
+
 def test_what_cannot_be_packed_is_refused(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     given = ["prune", place / "full", "--experts", 3, "--calibration", place / "text.jsonl", "--out", tmp_path / "out"]
     for words, message in (
