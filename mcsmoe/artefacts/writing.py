@@ -15,6 +15,7 @@ from torch import Tensor
 from mcsmoe.artefacts.tensors import CODES, INDEX, SHARD_BYTES, SINGLE, TensorInfo, bytes_of
 
 _AT_ONCE = 1 << 27  # bytes
+_WORTH = 1 << 16  # bytes that are worth asking for ahead
 
 
 def by_alignment(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -122,9 +123,16 @@ def copy_tensors(
             with (folder / file).open("wb") as handle:
                 handle.write(_header(infos, names, {}))
                 handle.flush()
-                for part in joined(places, infos, names):
-                    if part.file not in handles:
-                        handles[part.file] = part.file.open("rb", buffering=0)
+                parts = list(joined(places, infos, names))
+                for number, part in enumerate(parts):
+                    # What comes next is read while this is written: no system reads ahead over a gap by itself.
+                    for one in parts[number : number + 2]:
+                        if one.file not in handles:
+                            handles[one.file] = one.file.open("rb", buffering=0)
+                    if number + 1 < len(parts) and parts[number + 1].length >= _WORTH:
+                        after = parts[number + 1]
+                        length = min(after.length, _AT_ONCE)
+                        os.posix_fadvise(handles[after.file].fileno(), after.start, length, os.POSIX_FADV_WILLNEED)
                     _copy(handles[part.file], handle, part)
     finally:
         for source in handles.values():
