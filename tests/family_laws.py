@@ -158,10 +158,17 @@ def half_precision(model: nn.Module, folder: Path) -> None:
 def _in_float32(model: Any) -> dict[str, Tensor]:
     """What a family keeps in float32 whatever the rest is stored in."""
     parts = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        fresh = type(model)(model.config)  # a router may be built in float32 whatever the rest is built in
+    finally:
+        torch.set_default_dtype(usual)
+    built = {name for name, tensor in fresh.named_parameters() if tensor.dtype == torch.float32}
     return {
         name: tensor.detach().clone()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        if any(part in name for part in parts)
+        if name in built or any(part in name for part in parts)
     }
 
 
