@@ -277,9 +277,7 @@ _IN_SEQUENCE = replace(BUILTIN["msmoe"], alignment="none", recover=False, budget
 PRESETS: dict[str, Method] = {
     **{name: method for name, method in BUILTIN.items() if method.merge in MERGES},
     **{name: replace(_IN_SEQUENCE, name=name, description=about, merge=name) for name, about in _ON_TOKENS.items()},
-    "gram": replace(
-        _IN_SEQUENCE, name="gram", description="the set whose loss changes outputs least is deleted", merge="gram"
-    ),
+    "gram": BUILTIN["gram"],
 }
 """What ``mcsmoe merge --method`` takes beside the merge methods: every setting at once, as published."""
 

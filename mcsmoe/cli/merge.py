@@ -80,7 +80,7 @@ def complete(arguments: argparse.Namespace) -> None:
         if getattr(arguments, field) is None:
             setattr(arguments, field, getattr(preset, field))
     arguments.published = completed is None
-    arguments.method = preset.merge
+    arguments.method = preset.merge or preset.criterion
 
 
 def in_sequence(arguments: argparse.Namespace) -> bool:
