@@ -164,7 +164,8 @@ def _in_float32(model: Any) -> dict[str, Tensor]:
         fresh = type(model)(model.config)  # a router may be built in float32 whatever the rest is built in
     finally:
         torch.set_default_dtype(usual)
-    built = {name for name, tensor in fresh.named_parameters() if tensor.dtype == torch.float32}
+    made = [*fresh.named_parameters(), *fresh.named_buffers()]
+    built = {name for name, tensor in made if tensor.dtype == torch.float32}
     return {
         name: tensor.detach().clone()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
