@@ -1,6 +1,6 @@
 # make reproduce   set up and run the main job on the embedded default
-# make check       between two edits: style, types and every test that does not run the workflow (2 minutes on two cores)
-# make test        everything: make lint and all tests (8 minutes on two cores)
+# make check       between two edits: style, types and every test that does not run the workflow
+# make test        everything: make lint and all tests
 # make lint        style, types and generated pages, as both begin
 # make docs        write the generated pages of docs/ anew
 # make ui          open the MLflow UI on what was run

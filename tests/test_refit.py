@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from mcsmoe.calibration.tokens import LayerBatch
 from mcsmoe.refit.ridge import RIDGES, Block, RefitBatch, refit
 
 D, P, B, T = 6, 5, 4, 300
@@ -254,3 +256,15 @@ def test_each_token_is_looked_at_once_a_sweep_and_kept_where_there_is_room(
     assert seen[0] == choices * (1 if room else 4)
     plain = refit(blocks, batches, held, sweeps=3)
     assert all(torch.equal(one, two) for one, two in zip(found.weights, plain.weights, strict=True))
+
+
+def test_what_experts_read_is_scaled_where_their_family_scales_it() -> None:
+    inputs_TD, index_TK = torch.randn(5, 3), torch.tensor([[0], [1], [0], [1], [1]])
+    scale_TK = torch.tensor([[0.5], [2.0], [1.0], [3.0], [0.25]])
+    batch = LayerBatch(inputs_TD, index_TK, torch.ones(5, 1), torch.zeros(5, 3), False, scale_TK)
+    assert torch.equal(batch.read("a layer"), inputs_TD * scale_TK)
+    assert torch.equal(batch.read_by(1), (inputs_TD * scale_TK)[[1, 3, 4]])
+    assert torch.equal(replace(batch, scale_TK=None).read("a layer"), inputs_TD)
+    two = replace(batch, index_TK=index_TK.repeat(1, 2), scale_TK=scale_TK.repeat(1, 2))
+    with pytest.raises(ValueError, match="'a layer': the 2 experts of a token read it scaled"):
+        two.read("a layer")
