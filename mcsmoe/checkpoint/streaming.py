@@ -78,7 +78,8 @@ class Streamed:
             raise ValueError(f"{self.folder}/config.json: {error}; correct it, or restore the file") from error
         self.unplaced = self.names.unplaced
         self._check_unplaced(unplaced)
-        self._settle_formats()
+        with self.naming_the_quantiser():
+            self._settle_formats()
         if not self.compact:
             check_sums(self.folder, lambda name: name in self.tensors.files)
         self._before = fields.written(self.model.config)
@@ -118,6 +119,16 @@ class Streamed:
     def quantised(self) -> Dequantised | None:
         """The weights, where some of them are quantised in the files."""
         return self.tensors if isinstance(self.tensors, Dequantised) else None
+
+    @contextmanager
+    def naming_the_quantiser(self) -> Iterator[None]:
+        """What is refused inside says that the weights are quantised, and how, where they are."""
+        try:
+            yield
+        except ValueError as error:
+            if self.quantised is None:
+                raise
+            raise ValueError(f"{error} (the checkpoint is quantised: {self.quantised.settings.method})") from error
 
     @property
     def files(self) -> TensorFolder:

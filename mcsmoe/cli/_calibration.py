@@ -44,7 +44,8 @@ def statistics(source: Streamed, arguments: argparse.Namespace) -> RoutingStatis
         ValueError: there is neither, or the file is of another model.
     """
     if arguments.statistics is not None:
-        found = load_statistics(arguments.statistics, source.lineage)
+        with source.naming_the_quantiser():
+            found = load_statistics(arguments.statistics, source.lineage)
         try:
             found.check_layers(source.layers)
             _check_experts(found, source)
