@@ -46,11 +46,14 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def _experts(model: nn.Module) -> tuple[str, nn.Module] | None:
+    around: tuple[str, nn.Module] | None = None
     for path, module in model.named_modules():
         kind = type(module).__name__
-        if "expert" in kind.lower() or kind.endswith(("MoE", "MoeBlock")) or path.rpartition(".")[2] == "experts":
+        if "expert" in kind.lower() or path.rpartition(".")[2] == "experts":
             return path, module
-    return None
+        if around is None and kind.endswith(("MoE", "MoeBlock")):
+            around = path, module
+    return around
 
 
 def _reason(model: nn.Module, found: list[type[Adapter]]) -> str:

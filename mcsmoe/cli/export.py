@@ -76,6 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--recover trains routers on text; give --calibration FILE")
     if arguments.form == "stock":
         require_logits(source.model, source.folder, "the stock form is chosen and measured by them")
+        frequency = _frequency(source, arguments)
         say_engines(source, [uniform_groups(source)])
     probe = _probe(source, arguments)
     if arguments.form == "dense":
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         say_size(source.folder, arguments.out)
         return
     recovery = RouterRecovery(arguments.recover, arguments.learning_rate, arguments.seed)
-    report = stock(source, arguments.out, probe, arguments.fold, _frequency(source, arguments), recovery)
+    report = stock(source, arguments.out, probe, arguments.fold, frequency, recovery)
     if not source.compact:
         log.info("no experts of %s are merged: the stock form is the same function", source.folder)
     for kind, change in report.folds.items():
