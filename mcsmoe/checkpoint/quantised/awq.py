@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mcsmoe.artefacts.tensors import TensorInfo
-from mcsmoe.checkpoint.quantised.base import Parts, Quantised, Read, listed, unpacked
+from mcsmoe.checkpoint.quantised.base import Parts, Quantised, Read, integer_modules, listed, unpacked
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """For each number of a word, which place in it it has."""
@@ -32,22 +32,12 @@ def decoded(parts: Parts) -> Tensor:
 def find(infos: Mapping[str, TensorInfo], settings: Mapping[str, Any], read: Read) -> Iterator[tuple[str, Quantised]]:
     """Every ``qweight``; see ``base.Format``."""
     version = str(settings.get("version") or settings.get("format") or "gemm").lower()
-    if version not in ("gemm", "gemm_fast") or settings.get("bits", settings.get("w_bit", 4)) != 4:
+    if version != "gemm" or settings.get("bits", settings.get("w_bit", 4)) != 4:
         raise ValueError(
             f"AWQ of version {version!r} in {settings.get('bits', settings.get('w_bit'))} bits is not read; gemm in 4 bits is"
         )
-    if version == "gemm_fast":
-        raise ValueError("AWQ of version 'gemm_fast' is not read; gemm in 4 bits is")
-    for name, info in infos.items():
-        module = name.removesuffix("qweight")
-        if module == name:
-            continue
-        parts = {"qweight": name}
-        for role in ("qzeros", "scales"):
-            if module + role not in infos:
-                raise ValueError(f"tensor {name!r} is quantised and has no {module}{role} beside it")
-            parts[role] = module + role
-        inputs, words = info.shape
+    for module, parts in integer_modules(infos):
+        inputs, words = infos[parts["qweight"]].shape
         yield f"{module}weight", Quantised(parts, (8 * words, inputs), decoded)
 
 

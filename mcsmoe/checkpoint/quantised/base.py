@@ -70,6 +70,23 @@ class Format(Protocol):
         """``settings`` that say of ``modules``, and of what is inside them, that they are not quantised."""
 
 
+def integer_modules(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Start of the names of every module with a ``qweight``, and its ``qweight``, ``qzeros`` and ``scales`` by role.
+
+    Raises:
+        ValueError: zeros or scales are missing; names the tensor and what it lacks.
+    """
+    for name in infos:
+        module = name.removesuffix("qweight")
+        if module == name:
+            continue
+        parts = {role: module + role for role in ("qweight", "qzeros", "scales")}
+        missing = [part for part in parts.values() if part not in infos]
+        if missing:
+            raise ValueError(f"tensor {name!r} is quantised and has no {missing[0]} beside it")
+        yield module, parts
+
+
 def scale_values(scale: Tensor) -> Tensor:
     """Scales as float32; bytes and e8m0 are exponents of two, biased by 127."""
     if scale.dtype == torch.float8_e8m0fnu:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mcsmoe.artefacts.tensors import TensorInfo
-from mcsmoe.checkpoint.quantised.base import Parts, Quantised, Read, unpacked
+from mcsmoe.checkpoint.quantised.base import Parts, Quantised, Read, integer_modules, unpacked
 
 _BITS = (2, 4, 8)
 
@@ -38,20 +38,12 @@ def find(infos: Mapping[str, TensorInfo], settings: Mapping[str, Any], read: Rea
     if form not in ("gptq", "gptq_v2"):
         raise ValueError(f"the checkpoint format {form!r} of GPTQ is not read; gptq and gptq_v2 are")
     size = settings.get("group_size", 128)
-    for name, info in infos.items():
-        module = name.removesuffix("qweight")
-        if module == name:
-            continue
-        parts = {"qweight": name}
-        for role in ("qzeros", "scales"):
-            if module + role not in infos:
-                raise ValueError(f"tensor {name!r} is quantised and has no {module}{role} beside it")
-            parts[role] = module + role
+    for module, parts in integer_modules(infos):
         if f"{module}g_idx" in infos:
             parts["g_idx"] = f"{module}g_idx"
-        rows, outputs = info.shape
+        rows, outputs = infos[parts["qweight"]].shape
         # A module may have other bits than the rest: its zeros say how many numbers are in a word.
-        bits = _bits(32 * infos[parts["qzeros"]].shape[1] / outputs, settings.get("bits"), name)
+        bits = _bits(32 * infos[parts["qzeros"]].shape[1] / outputs, settings.get("bits"), parts["qweight"])
         yield (
             f"{module}weight",
             Quantised(
