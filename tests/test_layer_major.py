@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import every_family
 import pytest
 import tiny_models
 import tiny_switch
@@ -162,3 +163,31 @@ def test_a_weight_that_no_file_holds_is_refused_where_it_is_called(tmp_path: Pat
         major.residency._below["model.layers.1"].remove("model.layers.1.input_layernorm.weight")
         with pytest.raises(ValueError, match=r"layers\.1.*input_layernorm.*no such tensor"):
             list(major.blocks())
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_a_model_that_reads_earlier_blocks_again_goes_on_where_it_stopped(blocks: int, tmp_path: Path) -> None:
+    """What has to be kept of blocks that have not run yet is known after a kill too."""
+    model = every_family.build("inkling2_text", "Inkling2ForCausalLM")
+    whole = every_family.inputs_of(model)
+    inputs = [{name: tensor[rows] for name, tensor in whole.items()} for rows in (slice(0, 2), slice(2, 3))]
+    model.save_pretrained(tmp_path / "full")
+    expected = in_memory(model, inputs)
+    given = [DomainBatch("all", batch) for batch in inputs]
+    found: dict[str, LayerStatistics] = {}
+    states = States(tmp_path / "work", 2**30, durable=True)
+    order: list[str] = []
+    for last in (False, True):
+        major = LayerMajor(Streamed(tmp_path / "full"), given, states, Options(reservoir=8), order, list(found))
+        with major.open():
+            for block in major.blocks():
+                found |= {layer: domains["all"] for layer, domains in block.layers.items()}
+                order.append(block.path)
+                if not last and len(order) == blocks:
+                    break
+        kept = states.manifest()
+        states = States(tmp_path / "work", 2**30, durable=True)
+        states.restore(kept)
+    assert list(found) == list(expected)
+    for layer, one in expected.items():
+        assert_equal(found[layer], one)

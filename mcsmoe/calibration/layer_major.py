@@ -94,7 +94,7 @@ class LayerMajor:
     ) -> None:
         self.source, self.batches, self.states, self.options = source, batches, states, options
         stacks = stacks_of(source.model, source.layers)
-        self.replay = Replay(source.model, stacks, list(start), set(states.names()) - set(stacks))
+        self.replay = Replay(source.model, stacks, list(start))
         self.residency = Residency(source, [block for blocks in stacks.values() for block in blocks], options.device)
         self._start, self._left = len(start), [layer for layer in source.layers if layer not in done]
         self._first_rows = [0]
@@ -137,6 +137,9 @@ class LayerMajor:
         if not self.batches:
             raise ValueError("there are no calibration rows")
         number = self._start
+        for members in self.replay.stacks.values():
+            if members[0] in self.replay.order:  # another process ran it
+                self.replay.find_lasting(members[0], self.inputs(0), self.saved(0))
         while self._left or to_the_end:
             path = self.replay.next_block(number, self.inputs(0), self.saved(0))
             if path is None:

@@ -123,10 +123,6 @@ class States:
         if old is not None:
             self.held -= old.nbytes
 
-    def names(self) -> set[str]:
-        """The names that something is kept under."""
-        return {name for name, _ in self._kept}
-
     def turn(self) -> None:
         """Every batch went through a block: what the next one gives goes to the other file.
 
