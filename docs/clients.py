@@ -23,7 +23,8 @@ bfloat16, given to the programs themselves, each in an environment of its own. A
 forms in two number formats: as published, pruned, pruned with a refit, merged and written `dense`, merged and written `stock`)
 36 greedy tokens after three prompts are those of transformers 5.23.0 and all their log-probabilities are within 1e-4, computed in
 float32, and the number format that the program takes by itself is that of the published model. What fails on the published
-model itself is the program's own, and said below.
+model itself is the program's own, and said below; the other forms of that model are then not judged. The record was put together from
+several runs of the tests.
 
 {table}
 
