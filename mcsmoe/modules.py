@@ -59,6 +59,11 @@ class NoviceBank(nn.Module):
         return self.novices.output(novice, inputs_TD)
 
 
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over the experts of a token are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class RedirectedExperts(nn.Module):
     """G stacked experts that answer for E: called with (hidden_TD, expert_TK, weights_TK).
 
@@ -147,16 +152,21 @@ class RedirectedExperts(nn.Module):
         # Column G collects what is not computed.
         present_TG = torch.zeros(tokens, groups + 1, dtype=torch.bool, device=hidden_TD.device)
         present_TG = present_TG.scatter_(1, group_TK, True)[:, :groups]
+        weights_TK = weights_TK.to(_sum_dtype(weights_TK.dtype))
         weight_TG = weights_TK.new_zeros(tokens, groups + 1).scatter_add(1, group_TK, weights_TK)
         return self._combine(hidden_TD, present_TG, weight_TG).reshape(shape)
 
     def _combine(self, hidden_TD: Tensor, present_TG: Tensor, weight_TG: Tensor) -> Tensor:
-        """[T, D]: every group on the tokens that are present there, weighted and summed; one pass over the groups."""
+        """[T, D]: every group on the tokens that are present there, weighted and summed; one pass over the groups.
+
+        Half precision is summed in float32 and rounded once, as the library's grouped kernel does, so that the order of
+        the groups and how many experts of a token fall into one make no difference.
+        """
         pair_group, pair_token = present_TG.t().nonzero(as_tuple=True)
         pair_weight = weight_TG[pair_token, pair_group, None]
         counts = present_TG.sum(dim=0).tolist()
         inputs_ND = hidden_TD[pair_token]
-        output_TD = torch.zeros_like(hidden_TD)
+        output_TD = torch.zeros_like(hidden_TD, dtype=_sum_dtype(hidden_TD.dtype))
         start = 0
         for group, count in enumerate(counts):
             if count == 0:
@@ -164,8 +174,8 @@ class RedirectedExperts(nn.Module):
             here = slice(start, start + count)
             start += count
             outputs = self._expert(group, inputs_ND[here]) * pair_weight[here]
-            output_TD.index_add_(0, pair_token[here], outputs.to(hidden_TD.dtype))
-        return output_TD
+            output_TD.index_add_(0, pair_token[here], outputs.to(output_TD.dtype))
+        return output_TD.to(hidden_TD.dtype)
 
     def _expert(self, group: int, inputs_ND: Tensor) -> Tensor:
         if self.novices is not None and group >= self.num_groups:
@@ -220,6 +230,7 @@ class TopTwoRedirectedExperts(RedirectedExperts):
         self.masking = nn.Dropout(masking)
 
     def forward(self, hidden_TD: Tensor, _first_TE: Tensor, weights_TE: Tensor) -> Tensor:
+        weights_TE = weights_TE.to(_sum_dtype(weights_TE.dtype))
         empty_TG = weights_TE.new_zeros(hidden_TD.shape[0], self.num_slots)
         weight_TG = empty_TG.index_add(1, self.expert_to_group, weights_TE)
         present_TG = empty_TG.detach().index_add(1, self.expert_to_group, (weights_TE != 0).to(weights_TE.dtype)) > 0

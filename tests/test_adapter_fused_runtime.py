@@ -16,6 +16,7 @@ import mcsmoe
 from mcsmoe import modules
 from mcsmoe.adapters.base import Adapter
 from mcsmoe.adapters.registry import adapter_for
+from mcsmoe.types import ExpertWeights, Role
 
 FAMILIES = list(DECODERS)
 # Logits of these models are of size 0.1 to 1: another order of the same float32 sums moves them by some 1e-7.
@@ -113,6 +114,36 @@ def test_a_group_chosen_twice_by_a_token_is_computed_once() -> None:
     hidden = torch.randn(4, 16, dtype=torch.float64)
     experts(hidden, torch.tensor([[0, 2], [0, 5], [1, 4], [0, 1]]), torch.ones(4, 2, dtype=torch.float64))
     assert rows == [3, 2]
+
+
+def test_half_precision_sums_the_experts_of_a_token_before_it_rounds() -> None:
+    """Independent truth: the outputs of the experts that a token chose, as they are in bfloat16, summed in float64."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, width, experts, chosen = 64, 16, 8, 6
+    weights = ExpertWeights(
+        {
+            "up": torch.randn(4, 24, width, generator=generator, dtype=torch.float64),
+            "down": torch.randn(4, width, 24, generator=generator, dtype=torch.float64),
+        },
+        {"up": Role.INPUT, "down": Role.OUTPUT},
+    ).map(lambda _, tensor: tensor.bfloat16())
+    table = torch.arange(experts) % 4
+    layer = modules.RedirectedExperts(
+        modules.dense_projections(weights), weights.roles, lambda outputs: torch.relu(outputs["up"]), table
+    )
+    hidden_TD = torch.randn(tokens, width, generator=generator).bfloat16()
+    expert_TK = torch.rand(tokens, experts, generator=generator).topk(chosen, dim=1).indices
+    weight_TK = torch.rand(tokens, chosen, generator=generator).softmax(dim=1).bfloat16()
+    hidden_TGF = torch.relu(torch.einsum("gfd,td->tgf", weights.tensors["up"], hidden_TD))
+    output_TGD = torch.einsum("gdf,tgf->tgd", weights.tensors["down"], hidden_TGF).double()
+    scale_TG = torch.zeros(tokens, 4, dtype=torch.float64).scatter_add(1, table[expert_TK], weight_TK.double())
+    exact_TD = torch.einsum("tg,tgd->td", scale_TG, output_TGD)
+    given_TD = layer(hidden_TD, expert_TK, weight_TK)
+    # A unit in the last place of bfloat16 is 2^-8 of the value; summing in bfloat16 is off by several of them. An
+    # output of an expert may be rounded otherwise by another kernel, so its scale counts where a sum cancels.
+    allowed_TD = 2**-8 * exact_TD.abs() + 2**-9 * torch.einsum("tg,tgd->td", scale_TG, output_TGD.abs())
+    assert given_TD.dtype is torch.bfloat16
+    assert ((given_TD.double() - exact_TD).abs() <= allowed_TD).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
