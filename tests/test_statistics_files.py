@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import runpy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_calibration_text
@@ -262,12 +264,40 @@ def test_stages_take_the_statistics_of_their_own_chain_alone(place: Path, monkey
     assert lineage(place / "merged") == wanted
 
 
-@pytest.mark.parametrize("key", ["layers", "domains", "settings"])
-def test_a_folder_that_does_not_say_what_it_holds_is_refused(place: Path, key: str) -> None:
-    run("collect", place / "full", "--calibration", place / "tokens.jsonl", "--out", place / "folder")
-    page = place / "folder" / "statistics.json"
-    told = json.loads(page.read_text())
-    for value in (None, [], "x", {}):
-        page.write_text(json.dumps(told | {key: value}))
-        with pytest.raises(ValueError, match=rf"statistics\.json: '{key}' is missing or no object"):
-            load_statistics(place / "folder")
+WRONG_PAGES: list[tuple[str, Any]] = [
+    *((key, value) for key in ("layers", "domains", "settings") for value in (None, [], "x", {})),
+    *(("layers", {"decoder": name}) for name in ("../layer-00000.safetensors", "/etc/passwd", 3, None, "")),
+    *(("domains", {"one": {"weight": weight}}) for weight in (-1, "x", [], True, 1e13)),
+    *(("domains", {"one": value}) for value in (None, 3, [], {})),
+    *(("settings", {"reservoir": count, "seed": 0}) for count in (-1, 1.5, "64", None, 2**64)),
+    *(("settings", {"reservoir": 64, "seed": seed}) for seed in (-1, None, "0", 2**64)),
+]
+
+
+@pytest.fixture(scope="module")
+def collected(made: Path) -> Path:
+    """A folder of statistics."""
+    run("collect", made / "full", "--calibration", made / "tokens.jsonl", "--out", made / "folder")
+    return made / "folder"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_folder_that_holds_no_numbers_is_refused(collected: Path, tmp_path: Path, value: float) -> None:
+    told = json.loads((collected / "statistics.json").read_text())
+    told["domains"] = {"one": {"weight": value}}
+    (tmp_path / "statistics.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"no folder of statistics \(it holds -?(NaN|Infinity)\)"):
+        load_statistics(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG_PAGES, ids=str)
+def test_a_folder_that_does_not_say_what_it_holds_is_refused(collected: Path, key: str, value: Any) -> None:
+    page = collected / "statistics.json"
+    told = page.read_text()
+    try:
+        page.write_text(json.dumps(json.loads(told) | {key: value}))
+        with pytest.raises(ValueError, match=rf"statistics\.json: .*{key}.*; restore the file, or collect"):
+            load_statistics(collected)
+    finally:
+        page.write_text(told)
+    assert len(load_statistics(collected).layers) == len(json.loads(told)["layers"])

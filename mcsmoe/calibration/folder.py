@@ -21,6 +21,39 @@ from mcsmoe.types import LayerId
 DESCRIPTION = "statistics.json"
 VERSION = 1
 _HALVES, _LAYER = "@halves", "@layer"
+_COUNT = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
+_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["layers", "domains", "settings"],
+    "properties": {
+        "model": {"type": "string"},
+        "layers": {
+            "type": "object",
+            "minProperties": 1,
+            # A name of a file, so that no path leads out of the folder.
+            "additionalProperties": {"type": "string", "pattern": r"^layer-[0-9]+\.safetensors$"},
+        },
+        "domains": {
+            "type": "object",
+            "minProperties": 1,
+            "additionalProperties": {
+                "type": "object",
+                "required": ["weight"],
+                "properties": {
+                    "weight": {"type": ["number", "null"], "minimum": 0, "maximum": 1e12},
+                    "rows": _COUNT,
+                    "tokens": _COUNT,
+                },
+            },
+        },
+        "settings": {
+            "type": "object",
+            "required": ["reservoir", "seed"],
+            "properties": {"reservoir": _COUNT, "seed": _COUNT},
+        },
+    },
+}
+"""What ``statistics.json`` must hold; whatever else it says is for people."""
 
 
 def layer_file(number: int) -> str:
@@ -106,19 +139,31 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / DESCRIPTION
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text(), parse_constant=_no_number)
         version = found["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: no folder of statistics ({error}); collect them with mcsmoe collect") from error
     if version != VERSION:
         raise ValueError(f"{path}: version {version!r} of statistics; this program reads {VERSION}, collect them again")
-    for key in ("layers", "domains", "settings"):
-        value = found.get(key)
-        if not isinstance(value, dict) or not value:
-            raise ValueError(
-                f"{path}: {key!r} is missing or no object; restore the file, or collect the statistics again"
-            )
+    _check(path, found)
     return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"it holds {name}")
+
+
+def _check(path: Path, found: Mapping[str, Any]) -> None:
+    # Not at the top: a merge on statistics that it takes itself has no use for it.
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    error = best_match(Draft202012Validator(_SCHEMA).iter_errors(found))
+    if error is not None:
+        place = ".".join(map(str, error.absolute_path)) or "the file"
+        raise ValueError(
+            f"{path}: {place}: {' '.join(error.message.split())}; restore the file, or collect the statistics again"
+        )
 
 
 def open_statistics(folder: str | Path, weights: Mapping[str, float] | None = None) -> RoutingStatistics:

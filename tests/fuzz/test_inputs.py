@@ -26,6 +26,7 @@ from common import ODD, damaged, outcome, rounds
 from mcsmoe.artefacts.tables import read_table
 from mcsmoe.artefacts.tensors import write_sealed
 from mcsmoe.calibration.files import load_statistics, save_statistics
+from mcsmoe.calibration.folder import layer_file, write_layer
 from mcsmoe.calibration.rows import Row, read_rows
 from mcsmoe.calibration.text import batches
 from mcsmoe.data import sources
@@ -228,3 +229,38 @@ def test_statistics(seed: int, tmp_path: Path) -> None:
             tensors.pop(name)
         write_sealed(file, tensors)
     outcome(lambda: load_statistics(file), "s.safetensors")
+
+
+@pytest.mark.parametrize("seed", rounds(40, 2000))
+def test_folders_of_statistics(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    folder = tmp_path / "gathered"
+    folder.mkdir()
+    torch.manual_seed(0)
+    layers = {layer: layer_file(number) for number, layer in enumerate(test_values.statistics().layers)}
+    for layer, file in layers.items():
+        write_layer(folder / file, layer, {"one": test_values.statistics().layers[layer]})
+    told: dict[str, Any] = {
+        "version": 1,
+        "model": "0" * 64,
+        "layers": layers,
+        "domains": {"one": {"rows": 1, "tokens": 3, "weight": None}},
+        "settings": {"reservoir": 2, "seed": 0},
+    }
+    if rng.random() < 0.8:
+        here: dict[str, Any] = told
+        key = rng.choice(sorted(here))
+        while isinstance(here[key], dict) and rng.random() < 0.7:
+            here = here[key]
+            key = rng.choice(sorted(here))
+        here[key] = rng.choice(ODD)
+        (folder / "statistics.json").write_text(json.dumps(told))
+    else:
+        (folder / "statistics.json").write_bytes(damaged(json.dumps(told).encode(), rng))
+
+    def read() -> None:
+        statistics = load_statistics(folder)
+        for layer in statistics.layers:
+            assert statistics.layers[layer].num_experts == test_values.EXPERTS
+
+    outcome(read, "gathered")
