@@ -181,6 +181,8 @@ def open_statistics(folder: str | Path, weights: Mapping[str, float] | None = No
         weights = None if None in named.values() else named
     elif set(weights) != set(described["domains"]):
         raise ValueError(f"{folder}: weights for {sorted(weights)}; its domains are {sorted(described['domains'])}")
+    if weights is not None and not any(weights.values()):
+        raise ValueError(f"{folder}: all of its domains have weight 0; give one of them more")
     made = RoutingStatistics(described["settings"]["reservoir"], seed=described["settings"]["seed"])
     layers: Any = FolderLayers(Path(folder), described["layers"], weights)
     made.layers = layers
