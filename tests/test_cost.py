@@ -98,6 +98,7 @@ def test_latency_excludes_the_warm_up() -> None:
     assert len(calls) == 4 + cost._WARM_UP
 
 
+@pytest.mark.workflow
 def test_a_fresh_process_measures_the_checkpoint(folder: Path) -> None:
     # Memory held here must not show: resource.getrusage in a child would report it.
     ballast = torch.ones(1 << 28)
@@ -121,6 +122,7 @@ def test_a_fresh_process_measures_the_checkpoint(folder: Path) -> None:
         assert result["flops"] == cost.count_flops(lambda: model(**inputs))
 
 
+@pytest.mark.workflow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="jobs are forked on Linux only")
 def test_a_job_measures_the_same_memory_whether_it_is_forked_or_a_process_of_its_own(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

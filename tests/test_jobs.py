@@ -17,6 +17,7 @@ import pytest
 
 from mcsmoe.workflow import forkserver
 
+pytestmark = pytest.mark.workflow
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = [sys.executable, "-S", "-E", str(ROOT / "mcsmoe" / "workflow" / "launch.py")]
 

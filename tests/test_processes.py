@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mcsmoe.statistics import routing
 
+pytestmark = pytest.mark.workflow
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = 1e-5  # largest difference of a weight after the trainings below, learning rate 1e-3; 2e-6 was seen
 LOSSES = 1e-5  # and of a loss; 2e-6 was seen

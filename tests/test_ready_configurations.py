@@ -104,6 +104,7 @@ def test_every_configuration_is_documented() -> None:
         assert f"| `{file.relative_to(ROOT)}` |" in text
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("name", FILES)
 def test_the_documented_jobs_are_those_of_the_dry_run(name: str, empty: Path) -> None:
     found = counts(dry_run(name, empty))
@@ -113,6 +114,7 @@ def test_the_documented_jobs_are_those_of_the_dry_run(name: str, empty: Path) ->
     assert {path.name for path in made if path.suffix != ".pyc"} <= {"sitecustomize.py", ".lock"}
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("name", FILES)
 def test_work_is_shared(name: str, empty: Path) -> None:
     """The numbers that follow from the methods, not from the page."""
@@ -145,6 +147,7 @@ def test_work_is_shared(name: str, empty: Path) -> None:
     assert found["evaluate"] == found["profile_cost"] == evaluated
 
 
+@pytest.mark.workflow
 def test_ablations_take_over_what_the_paper_run_has_made(empty: Path) -> None:
     shared = "results=results/paper"
     paper, ablations = (commands(dry_run(name, empty, shared)) for name in ("paper", "ablations"))

@@ -60,15 +60,10 @@ class Residency:
             for path, module in model.named_modules()
             if self._block_of(f"{path}.") is None and path not in self._below
         ]
-        # What is there already is left alone by the collector, which runs after every block: it would look through all that
-        # the libraries made, again and again.
-        gc.collect()
-        gc.freeze()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _left_alone():
                 yield model
         finally:
-            gc.unfreeze()
             for hook in hooks:
                 hook.remove()
             self.wait()
@@ -130,6 +125,23 @@ class Residency:
         if self._reader is not None:
             self._reader.join()
             self._reader = None
+
+
+@contextmanager
+def _left_alone() -> Iterator[None]:
+    """The collector, which runs after every block, does not look through all that the libraries made, again and again.
+
+    A process that has frozen its objects itself is left as it is.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _require(tensor: torch.Tensor, name: str, module: nn.Module) -> None:
