@@ -28,6 +28,8 @@ def tables() -> tuple[pd.DataFrame, pd.DataFrame]:
             ("nats_lost/code", 2.0),
             ("nats_lost/prose", 0.0),
             ("nats_lost/worst", 2.0),
+            ("layer_error/model.layers.0.mlp", 0.3),
+            ("layer_error/model.layers.1.mlp", 0.03),
         ):
             value = lost[row["variant"]] * factor
             bounds = {"value": value, "ci_low": value - 0.01, "ci_high": value + 0.01}
@@ -54,6 +56,18 @@ def test_losses_are_those_of_the_metrics_and_controls_are_known_by_their_bytes()
     assert table[0]["domains"]["code"] == "+0.2000 [+0.1900, +0.2100]"
 
 
+def test_errors_of_layers_are_those_of_the_metrics() -> None:
+    rows, metrics = tables()
+    found = dict(language.by_layer(rows, metrics))
+    table = found[4]
+    assert list(table.columns) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert list(table.index) == ["gram", "msmoe"]  # the full model loses nothing, and is not shown
+    assert table.loc["msmoe"].tolist() == pytest.approx([0.06, 0.006])
+    figure = language.layer_errors(table)
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == ["0.003", "0.006", "0.03", "0.06"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["layer 0", "layer 1"]
+
+
 def test_the_page_shows_losses_by_domain_and_kept_experts() -> None:
     rows, metrics = tables()
     groups = [
@@ -72,6 +86,7 @@ def test_the_page_shows_losses_by_domain_and_kept_experts() -> None:
     assert "Experts kept, 4 on average" in text
     assert "fewer bits, every expert" in text
     assert text.count("loss and size") == 4
+    assert "error by layer, 4 experts on average" in text
     figure = language.kept(groups[:2])
     dark = figure.axes[0].images[0].get_array()
     assert dark.sum(axis=1).tolist() == [int(table["dominant"].sum()) for _, table in groups[:2]]

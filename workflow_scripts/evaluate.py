@@ -89,16 +89,26 @@ def score_answers(arguments: argparse.Namespace, task: Task, given: dict[str, An
 
 
 def score_texts(arguments: argparse.Namespace, task: Task, given: dict[str, Any], reference: nn.Module | None) -> None:
-    """Predict every document beside the full model, and score what was predicted by domain."""
+    """Predict every document beside the full model, and score what was predicted by domain, and what each layer gives."""
     from mcsmoe.artefacts.tables import write_table
     from mcsmoe.evaluate.documents import predict_texts
     from mcsmoe.evaluate.domains import scores
+    from mcsmoe.evaluate.layer_errors import LayerErrors
 
-    documents = predict_texts(**given, reference=reference, continuations=arguments.continuations)
+    asked = {**given, "reference": reference, "continuations": arguments.continuations}
+    by_layer: list[tuple[str, Interval]] = []
+    # A model without experts has no layer to hold beside the full model's.
+    if reference is None or arguments.dense:
+        documents = predict_texts(**asked)
+    else:
+        errors = LayerErrors(given["model"], reference)
+        with errors.watching():
+            documents = predict_texts(**asked)
+        by_layer = list(errors.scores(arguments.bootstrap, arguments.seed))
     # What was not measured is no score of 0.
     absent = (() if reference is not None else COMPARED) + (() if arguments.continuations else CONTINUED)
     metrics = [name for name in task.metrics if name not in absent]
-    found = scores(metrics, documents, arguments.bootstrap, arguments.seed)
+    found = [*scores(metrics, documents, arguments.bootstrap, arguments.seed), *by_layer]
     rows = rows_of(arguments, task, task.protocol, found)
     write_table(arguments.predictions, documents, "documents")
     write_metrics(arguments, rows)

@@ -38,12 +38,14 @@ class DomainScore:
     agreement: Ratio | None = None
 
 
-def ratio(sum_U: NDArray[np.float64], tokens_U: NDArray[np.int64], resamples: int = 2000, seed: int = 0) -> Ratio:
+def ratio(
+    sum_U: NDArray[np.float64], tokens_U: NDArray[np.int64] | NDArray[np.float64], resamples: int = 2000, seed: int = 0
+) -> Ratio:
     """Sum over tokens, with the percentile bootstrap over documents (Efron 1979).
 
     Args:
         sum_U: by document, a sum over its tokens.
-        tokens_U: by document, their number.
+        tokens_U: by document, their number, or what else the sum is to be divided by.
         resamples: bootstrap draws.
         seed: of the draws.
     """
@@ -56,9 +58,9 @@ def ratio(sum_U: NDArray[np.float64], tokens_U: NDArray[np.int64], resamples: in
         stop = min(start + step, resamples)
         counts = drawn.multinomial(units, np.full(units, 1 / units), size=stop - start)
         sums_B2 = counts @ both_U2
-        values[start:stop] = sums_B2[:, 0] / np.maximum(sums_B2[:, 1], 1)
+        values[start:stop] = sums_B2[:, 0] / np.where(sums_B2[:, 1] > 0, sums_B2[:, 1], 1)
     low, high = np.quantile(values, [0.025, 0.975])
-    return Ratio(float(sum_U.sum() / max(1, tokens_U.sum())), float(low), float(high))
+    return Ratio(float(sum_U.sum() / (tokens_U.sum() or 1)), float(low), float(high))
 
 
 def by_domain(documents: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> list[DomainScore]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOST = "nats_lost"
+BY_LAYER = "layer_error/"
 _KEY = ["variant", "experts", "seed"]
 
 
@@ -139,3 +140,46 @@ def same_number(groups: Sequence[tuple[Mapping[str, Any], pd.DataFrame]]) -> Ite
             found.setdefault((int(labels["experts"]), int(labels["seed"])), []).append((labels, table))
     for (experts, seed), some in found.items():
         yield experts, seed, some
+
+
+def by_layer(rows: pd.DataFrame, metrics: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
+    """(experts; table) of the squared error of each layer, a row a method, a column a layer, means over seeds.
+
+    Args:
+        rows: table ``summary`` of one task.
+        metrics: table ``metrics`` of the same.
+    """
+    final = metrics.merge(rows[[*_KEY, "stage"]], on=[*_KEY, "stage"])
+    final = final[final["metric"].str.startswith(BY_LAYER) & (final["variant"] != FULL)]
+    for _, part in final.groupby("experts", sort=False):
+        table = part.pivot_table("value", "variant", "metric", sort=False)
+        yield int(part["experts"].iloc[0]), table.rename(columns=lambda name: name.removeprefix(BY_LAYER))
+
+
+@styled
+def layer_errors(table: pd.DataFrame, title: str = "") -> Figure:
+    """Which layers lose: the error of each, written in its cell, on a logarithmic scale of grey.
+
+    Args:
+        table: as ``by_layer`` gives it.
+    """
+    value = table.to_numpy(float)
+    least = max(value[value > 0].min(initial=1.0), 1e-6)
+    figure, axes = new_axes(WIDTH, 0.2 * len(table) + 1.1)
+    shade = np.log10(np.maximum(value, least))
+    low, high = float(shade.min()), float(shade.max())
+    axes.imshow(
+        shade, cmap="Greys", vmin=low, vmax=high + 0.6 * (high - low) + 1e-9, aspect="auto", interpolation="nearest"
+    )
+    for row, column in np.ndindex(value.shape):
+        dark = shade[row, column] > (low + high) / 2 + 0.3 * (high - low)
+        text = f"{value[row, column]:.2g}" if value[row, column] >= 1e-4 else "0"
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    names = layer_names(list(table.columns))
+    axes.set_xticks(range(value.shape[1]), [names[layer] for layer in table.columns])
+    axes.set_yticks(range(len(table)), [str(variant) for variant in table.index])
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_title(title)
+    return figure

@@ -109,6 +109,13 @@ def _language_pictures(task: str, rows: pd.DataFrame, metrics: pd.DataFrame) -> 
         )
         figure = language.against_bytes(table, f"{task}: loss and size, {where}")
         made.append(Picture(svg(figure, f"lost-{task}-{domain or 'all'}"), caption))
+    for experts, table in language.by_layer(rows, metrics):
+        caption = (
+            "Squared change of each layer's output on the full model's own inputs there, over the energy of the residual "
+            "stream behind it, on the validation texts; no error of an earlier layer is in it."
+        )
+        figure = language.layer_errors(table, f"{task}: error by layer, {experts} experts on average")
+        made.append(Picture(svg(figure, f"layers-{task}-{experts}"), caption))
     return made
 
 

@@ -62,7 +62,7 @@ def seed_means(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 def all_scores(metrics: pd.DataFrame) -> list[dict[str, Any]]:
     made = []
-    for row in rows_of(metrics):
+    for row in rows_of(metrics[~metrics["metric"].str.startswith("layer_error/")]):  # a figure shows them
         interval = f"{number(row['ci_low'])} to {number(row['ci_high'])}"
         made.append({**row, "value": number(row["value"]), "interval": interval, "n": f"{row['n']:,}"})
     return made
