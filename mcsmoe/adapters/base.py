@@ -73,6 +73,10 @@ class Adapter(ABC):
         A compressed layer is returned as its dense equivalent.
         """
 
+    def view_experts(self, model: nn.Module, layer: LayerId) -> ExpertWeights:
+        """As ``read_experts``, but perhaps the layer's own tensors: only to be read, and only until the layer changes."""
+        return self.read_experts(model, layer)
+
     @abstractmethod
     def expert_to_group(self, model: nn.Module, layer: LayerId) -> Tensor:
         """int64 [E]: the redirect table; arange(E) for a layer that is not merged."""

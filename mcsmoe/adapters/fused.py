@@ -113,6 +113,14 @@ class FusedAdapter(RedirectingAdapter):
     def _stock_read(self, experts: nn.Module) -> ExpertWeights:
         return Layout.of(experts).read(experts)
 
+    def view_experts(self, model: nn.Module, layer: LayerId) -> ExpertWeights:
+        experts = self._experts(model, layer)
+        return (
+            self.read_experts(model, layer)
+            if isinstance(experts, RedirectedExperts)
+            else Layout.of(experts).view(experts)
+        )
+
     def _stock_write(self, experts: nn.Module, weights: ExpertWeights) -> None:
         for name, view in Layout.of(experts).views(experts).items():
             view.copy_(weights.tensors[name])

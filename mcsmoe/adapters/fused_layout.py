@@ -92,8 +92,11 @@ class Layout:
 
     def read(self, experts: Any) -> ExpertWeights:
         """Detached copies in canonical orientation."""
-        copies = {name: view.clone(memory_format=torch.contiguous_format) for name, view in self.views(experts).items()}
-        return ExpertWeights(copies, self.shape(experts).all_roles())
+        return self.view(experts).map(lambda _, tensor: tensor.clone(memory_format=torch.contiguous_format))
+
+    def view(self, experts: Any) -> ExpertWeights:
+        """The layer's own numbers in canonical orientation, detached."""
+        return ExpertWeights(self.views(experts), self.shape(experts).all_roles())
 
 
 class FlatLayout(Layout):

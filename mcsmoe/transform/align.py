@@ -60,7 +60,7 @@ class Aligner:
         """Align the experts of ``layer``; the model computes the same function afterwards."""
         if not self.settings.whole_layer:
             return
-        weights = layer.read_experts()
+        weights = layer.view_experts()
         if layer.id not in self.alignments:
             weights.require_finite(layer.id)
             self.alignments[layer.id] = align_layer(

@@ -138,7 +138,7 @@ def layer_similarity(layer: SparseLayer, settings: GroupSettings, evidence: Evid
     """[E, E] similarity of a layer's experts."""
     needs = SIMILARITIES[settings.similarity].needs
     evidence.layer(layer.id).check_against(layer.id, layer.num_experts)
-    weights = layer.read_experts() if needs & {"weights", "tokens", "gradients"} else None
+    weights = layer.view_experts() if needs & {"weights", "tokens", "gradients"} else None
     if weights is not None:
         evidence.check_against(layer.id, weights)
     inputs = SimilarityInputs(

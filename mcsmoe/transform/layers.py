@@ -45,6 +45,10 @@ class SparseLayer:
         """Copies of the stacked experts, E of them, or G once merged."""
         return self.adapter.read_experts(self.model, self.id)
 
+    def view_experts(self) -> ExpertWeights:
+        """The same without a copy where there need be none: only to be read, and only until the layer changes."""
+        return self.adapter.view_experts(self.model, self.id)
+
     def read_router(self) -> RouterWeights:
         """A copy of the router."""
         return self.adapter.read_router(self.model, self.id)

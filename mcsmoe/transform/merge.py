@@ -117,7 +117,7 @@ def merge_layer(layer: SparseLayer, grouping: Grouping, settings: MergeSettings,
 
 def merge_experts(layer: SparseLayer, grouping: Grouping, settings: MergeSettings, evidence: Evidence) -> Merged:
     """What ``merge_layer`` would install; the layer is only read."""
-    weights, statistics, needs = layer.read_experts(), evidence.layer(layer.id), MERGES[settings.merge].needs
+    weights, statistics, needs = layer.view_experts(), evidence.layer(layer.id), MERGES[settings.merge].needs
     evidence.check_against(layer.id, weights)
     fisher = evidence.per_weight("fisher", layer.id, weights) if "fisher" in needs else None
     if settings.alignment.endswith(TO_LEADER):
