@@ -118,6 +118,9 @@ DROPPED = ("delete", "redirect", "constant", "affine")
 
 CHOICES["criterion"] = tuple(CRITERIA)
 
+MAX_MIN = "max-min"
+"""The mixture of domains by which the worst domain's predicted error is smallest."""
+
 PRUNING_BUDGETS = ("uniform", "predicted", "adaptive")
 """How the number of kept experts is spread over the layers."""
 
@@ -167,7 +170,7 @@ class Method:
     novice_rank: int = 16
     refit: bool = False
     bits: int | None = None
-    mixture: Mapping[str, float] | None = None
+    mixture: Mapping[str, float] | str | None = None  # shares by domain, or max-min
 
     @property
     def reduces(self) -> bool:

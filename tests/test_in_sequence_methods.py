@@ -60,6 +60,7 @@ def test_what_is_done_in_sequence_and_what_is_not() -> None:
         ({"base": "gram", "bits": 4, "recover": True}, "bits is 4, and the method trains afterwards"),
         ({"bits": 20}, "bits is 20; it must be at most 16"),
         ({"base": "msmoe", "budget": "predicted"}, "budget is 'predicted', which takes a method that reduces"),
+        ({"base": "gram", "mixture": "min-max"}, "mixture is 'min-max'; correct it"),
         ({"base": "gram", "mixture": {"code": -1}}, "mixture.code is -1; it must be at least 0"),
     ],
 )

@@ -16,8 +16,11 @@ CONFIG = {
     "tasks": ["Language"],
     "experts": [3],
     "finetuned": False,
-    "variants": ["full", "healed", "2-bit"],
-    "methods": {"healed": {"base": "gram", "refit": True, "recover": True, "mixture": {"code": 1, "docstrings": 1}}},
+    "variants": ["full", "healed", "even", "2-bit"],
+    "methods": {
+        "healed": {"base": "gram", "refit": True, "recover": True, "mixture": {"code": 1, "docstrings": 1}},
+        "even": {"base": "gram", "mixture": "max-min"},
+    },
     "device": "cpu",
     "data": {
         "source": "sources",
@@ -56,11 +59,15 @@ def test_every_stage_runs_and_everything_is_compared_by_document(tmp_path: Path)
     run = project.results / "Language" / "seed0"
     summary = read_table(project.results / "summary.parquet", "summary").set_index("variant")
     assert summary["metric"].unique().tolist() == ["nats"]
-    assert summary["stage"].tolist() == ["full", "recovered", "merged"]
+    assert summary["stage"].tolist() == ["full", "recovered", "merged", "merged"]
     assert summary["packed_bytes"]["2-bit"] < summary["packed_bytes"]["healed"] < summary["packed_bytes"]["full"]
     assert summary["parameters"]["2-bit"] == summary["parameters"]["full"]
     groups = read_table(run / "healed" / "3e" / "groups.parquet", "groups")
     assert groups.groupby("layer")["dominant"].sum().tolist() == [3, 3]
+    log = next((project.results / "logs" / "reduce").rglob("*even*.log")).read_text()
+    shares = [float(line.split("weight ")[1].split(",")[0]) for line in log.splitlines() if "domain " in line]
+    assert len(shares) == 2
+    assert sum(shares) == pytest.approx(1, abs=2e-3)
     documents = read_table(run / "healed" / "3e" / "recovered_evaluation" / "predictions.parquet", "documents")
     assert set(documents["group"]) == {"code", "docstrings"}
     full = read_table(run / "full_evaluation" / "predictions.parquet", "documents")
@@ -69,6 +76,10 @@ def test_every_stage_runs_and_everything_is_compared_by_document(tmp_path: Path)
     assert metrics["nats_lost"] == 0
     assert metrics["agreement"] == 1
     assert {"nats/code", "nats_lost/worst", "perplexity", "distinct_4grams"} <= set(metrics.index)
+    layers = [name for name in metrics.index if name.startswith("layer_error/")]
+    assert len(layers) == 2
+    assert (metrics[layers] == 0).all()
     page = (project.results / "report.html").read_text()
     assert "Lost by domain" in page
+    assert "error by layer, 3 experts on average" in page
     assert "Nothing to be done" in project.run()

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcsmoe import console
+from mcsmoe.methods import MAX_MIN
 from mcsmoe.workflow import options
 from mcsmoe.workflow.method_options import add_method
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mcsmoe.calibration.layer_major import Options
     from mcsmoe.checkpoint.streaming import Streamed
     from mcsmoe.transform.in_sequence import Texts
-    from mcsmoe.types import LayerId
+    from mcsmoe.types import Batch, LayerId
 
 EXAMPLE = (
     "python workflow_scripts/reduce.py --model full --train train.parquet --experts 4 --criterion gram --refit "
@@ -34,7 +38,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, required=True, help="experts to keep per layer, on average; 0 keeps all")
     add_method(parser, ("criterion", "dropped", "novice_rank", "refit", "bits", "merge"))
     add_method(parser, ("similarity", "grouping", "budget", "linkage", "alignment", "capacity"))
-    parser.add_argument("--mixture", type=json.loads, help="share of each domain in the calibration, JSON; all alike")
+    parser.add_argument(
+        "--mixture", type=json.loads, help='share of each domain in the calibration, JSON, or "max-min"; all alike'
+    )
     parser.add_argument("--out", type=Path, required=True, help="written: checkpoint folder")
     parser.add_argument("--groups", type=Path, required=True, help="written: who was kept, and who answers for whom")
     options.add_tokens(parser)
@@ -76,6 +82,8 @@ def main(arguments: argparse.Namespace) -> None:
         reduction = Reduction(how, refitting, seed=arguments.seed)
         run = Unfinished(Path(folder), {}, settings.cache_memory, weights=True)
         given = texts(source, arguments)
+        if arguments.mixture == MAX_MIN:
+            given = weighed(given, kept, arguments, settings, Path(folder) / "statistics")
         for layer, reduced in reduced_in_sequence(arguments.model, given, reduction, kept, settings, run):
             rows += reduced.grouping.rows(layer, reduced.share_E)
 
@@ -115,6 +123,31 @@ def counts(source: Streamed, arguments: argparse.Namespace) -> dict[LayerId, int
     return total | spread
 
 
+def weighed(
+    given: Texts, kept: Mapping[LayerId, int], arguments: argparse.Namespace, settings: Options, folder: Path
+) -> Texts:
+    """The same texts, each domain with the weight by which the worst domain's predicted error is smallest."""
+    from mcsmoe.calibration.collect import Domain, collect
+    from mcsmoe.calibration.folder import FolderLayers, open_statistics
+    from mcsmoe.checkpoint.streaming import Streamed
+    from mcsmoe.transform.domains import max_min, slim
+    from mcsmoe.transform.in_sequence import Texts
+
+    domains: dict[str, list[Batch]] = {}
+    for batch in given.batches:
+        domains.setdefault(batch.domain, []).append(batch.inputs)
+    if len(domains) < 2:
+        raise ValueError(f"mixture is {MAX_MIN!r}, but all texts are of domain {next(iter(domains))!r}; leave it out")
+    collect(Streamed(arguments.model), [Domain(name, batches) for name, batches in domains.items()], folder, settings)
+    found = open_statistics(folder).layers
+    assert isinstance(found, FolderLayers)
+    layers = {layer: {name: slim(one) for name, one in found.by_domain(layer).items()} for layer in found}
+    mixture = max_min(layers, kept, arguments.criterion or "gram", {}, seed=arguments.seed)
+    for name, weight in sorted(mixture.weights.items()):
+        console.log.info("domain %s: weight %.3f, predicted error %.4f", name, weight, mixture.errors[name])
+    return Texts(given.batches, mixture.weights)
+
+
 def texts(source: Streamed, arguments: argparse.Namespace) -> Texts:
     """Calibration rows of the training examples, of each domain its share where a mixture is given."""
     from mcsmoe.artefacts.tables import read_table
@@ -127,6 +160,9 @@ def texts(source: Streamed, arguments: argparse.Namespace) -> Texts:
 
     causal = is_causal(source.model)
     examples = read_table(arguments.train, "examples")
+    mixture = arguments.mixture
+    if mixture == MAX_MIN:  # as many rows of each; their weights are found afterwards
+        mixture = dict.fromkeys(sorted(set(examples["group"])), 1.0)
     rows = tokenize(
         examples,
         load_tokenizer(arguments.model),
@@ -139,7 +175,7 @@ def texts(source: Streamed, arguments: argparse.Namespace) -> Texts:
         rows,
         examples["group"].tolist(),
         *(arguments.samples, arguments.batch_size, arguments.seed),
-        mixture=arguments.mixture,
+        mixture=mixture,
     )
     names = ("input_ids", "attention_mask") if causal else ("input_ids", "attention_mask", "labels")
     # Rows were drawn in the proportions that were asked for, so each token counts once.

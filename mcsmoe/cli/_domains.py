@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mcsmoe.methods import MAX_MIN
+
 if TYPE_CHECKING:
     from mcsmoe.calibration.collect import Domain
     from mcsmoe.checkpoint.streaming import Streamed
@@ -59,9 +61,6 @@ def shares(files: list[DomainFile], samples: int) -> list[int]:
             raise ValueError(f"--calibration gives domain {one.name!r} the weight {one.weight}; it must be above 0")
     total = sum(one.weight or 1.0 for one in files)
     return [max(1, round(samples * (one.weight or 1.0) / total)) for one in files]
-
-
-MAX_MIN = "max-min"
 
 
 def given_weights(text: str | None, names: list[str]) -> dict[str, float] | None:

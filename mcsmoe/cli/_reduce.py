@@ -22,13 +22,13 @@ from mcsmoe.checkpoint.quantised.settings import settings_of
 from mcsmoe.checkpoint.slicing import leave_experts
 from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.cli._calibrated import Calibrated
-from mcsmoe.cli._domains import MAX_MIN
 from mcsmoe.cli._outputs import EXPERTS, GROUPS, say_size
 from mcsmoe.cli.options import pass_options
 from mcsmoe.console import log, progress
 from mcsmoe.criteria.quadratic import Limits
 from mcsmoe.criteria.scores import CriterionInputs, super_experts
 from mcsmoe.export.packed import Packing, pack_folder
+from mcsmoe.methods import MAX_MIN
 from mcsmoe.transform.budget import SPREADS
 from mcsmoe.transform.domains import max_min, slim
 from mcsmoe.transform.in_sequence import Shelf, Texts, reduced_in_sequence

@@ -50,7 +50,7 @@ def mixture_of(wildcards):
     return (
         ""
         if mixture is None
-        else as_flags({"mixture": json.dumps(dict(mixture), sort_keys=True)})
+        else as_flags({"mixture": json.dumps(mixture, sort_keys=True)})
     )
 
 
