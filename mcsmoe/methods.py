@@ -216,6 +216,16 @@ def _pruning_name(criterion: str) -> str:
     return f"{criterion}-pruning" if criterion in (*MERGES, "random") else criterion
 
 
+def aligned_in_sequence(alignment: str, similarity: str) -> str:
+    """The alignment of a preset where layers are merged in sequence: to the leader of each group, not to expert 0.
+
+    Groups are there before their members are aligned, so that one assignment brings a neuron to its place in the place of
+    two. A similarity of weights compares aligned experts, and keeps the alignment of the whole layer.
+    """
+    leading = {"weight": "weight-dominant", "activation": "activation-dominant"}
+    return alignment if "weights" in SIMILARITIES[similarity].needs else leading.get(alignment, alignment)
+
+
 def _builtin() -> dict[str, Method]:
     msmoe = Method(
         "msmoe",
@@ -316,12 +326,17 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Method]:
         start = known[base] if base else Method(name)
         if base is None and settings.get("merge") in MERGES:
             settings = {"budget": MERGES[settings["merge"]].budget, **settings}
-        known[name] = replace(start, **{"name": name, **settings})
+        made = replace(start, **{"name": name, **settings})
+        if made.in_sequence and "alignment" not in settings and made.similarity in SIMILARITIES:
+            made = replace(made, alignment=aligned_in_sequence(made.alignment, made.similarity))
+        known[name] = made
     for name in config["variants"]:
         start = name.removesuffix(REFIT)
         if name not in known and name.endswith(REFIT) and start in known and known[start].fewer:
             about = f"{known[start].description}, refitted"
-            known[name] = replace(known[start], name=name, description=about, refit=True)
+            one = known[start]
+            alignment = aligned_in_sequence(one.alignment, one.similarity)
+            known[name] = replace(one, name=name, description=about, refit=True, alignment=alignment)
     for name, method in known.items():
         field = f"methods.{name}"
         _check_in_sequence(field, method)

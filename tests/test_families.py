@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from family_laws import LAWS, holds
 
 from mcsmoe.adapters.counts import expert_paths, experts_said, set_experts
 from mcsmoe.adapters.registry import adapter_for
+from mcsmoe.checkpoint.describe import describe
 
 # One of every kind of structure: softmax, sets with a correction, biases in transposed order, a correction added to
 # probabilities, matrices one below the other, scaled inputs, a router that normalises, scores of shared experts, modules of
@@ -41,6 +43,12 @@ REFUSED = {
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_family_of_every_kind_of_structure_obeys_the_laws(kind: str, law: str, tmp_path: Path) -> None:
     LAWS[law](build(kind, KINDS[kind]), tmp_path)
+
+
+@pytest.mark.parametrize("kind", list(REFUSED))
+def test_what_is_listed_of_a_refused_family_says_that_it_is_refused(kind: str, tmp_path: Path) -> None:
+    build(kind, every_type()[kind]).save_pretrained(tmp_path)
+    assert re.search(REFUSED[kind], describe(tmp_path)["untreated"])
 
 
 @pytest.mark.families

@@ -49,6 +49,24 @@ def test_what_is_done_in_sequence_and_what_is_not() -> None:
     assert [known[name].fewer for name in ("4-bit", "full", "mcsmoe", "ream")] == [False, False, True, True]
 
 
+def test_in_sequence_experts_are_aligned_to_the_leader_of_their_group() -> None:
+    mine = {
+        "refitted": {"base": "msmoe", "refit": True},
+        "as-said": {"base": "msmoe", "refit": True, "alignment": "weight"},
+        "by-weights": {"base": "msmoe", "refit": True, "similarity": "weight"},
+    }
+    names = ["full", "msmoe", "msmoe-refit", "averaging-refit", *mine]
+    known = methods.resolve(complete(variants=names, methods=mine))
+    assert {name: known[name].alignment for name in names[1:]} == {
+        "msmoe": "weight",
+        "msmoe-refit": "weight-dominant",
+        "averaging-refit": "none",
+        "refitted": "weight-dominant",
+        "as-said": "weight",
+        "by-weights": "weight",
+    }
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [

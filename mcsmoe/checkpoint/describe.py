@@ -39,7 +39,7 @@ def describe(folder: Path) -> dict[str, Any]:
         return {"parameters": _parameters(given), "bytes": sum(held)}
 
     # By the model's own structure where the library knows it: names of stored experts differ, and may hold two layers' at once.
-    structure = _by_structure(folder, config, tensors) if found is None else {}
+    structure, untreated = _by_structure(folder, config, tensors) if found is None else ({}, None)
     inside: dict[str, dict[str, TensorInfo]] = {}
     for layer, (_, _, names) in structure.items():
         inside[layer] = {name: infos[name] for name in names if name in infos}
@@ -77,30 +77,40 @@ def describe(folder: Path) -> dict[str, Any]:
         "total": size(infos),
         "files": sorted(file.path.name for file in tensors.files.values()),
         "notes": notes(config, [row["experts"] for row in layers], [row["groups"] for row in layers]),
+        "untreated": untreated,
         "provenance": {} if found is None else dict(found.provenance),
     }
 
 
-def _by_structure(folder: Path, config: dict[str, Any], tensors: TensorFolder) -> dict[str, tuple[int, int, list[str]]]:
-    """By sparse layer: experts, their parameters, and the stored tensors that hold them; empty where no adapter treats it."""
-    from mcsmoe.adapters.registry import adapter_for
+_Structure = dict[str, tuple[int, int, list[str]]]
+
+
+def _by_structure(folder: Path, config: dict[str, Any], tensors: TensorFolder) -> tuple[_Structure, str | None]:
+    """By sparse layer: experts, their parameters, and the stored tensors that hold them; why not, where no adapter treats it."""
+    from mcsmoe.adapters.registry import adapter_for, has_experts
     from mcsmoe.checkpoint.names import NameMap
     from mcsmoe.checkpoint.skeleton import stock_skeleton
 
     try:
         model = stock_skeleton(folder, config)
+    except (ValueError, TypeError):
+        return {}, None
+    try:
         adapter = adapter_for(model)
+    except ValueError as error:
+        return {}, str(error) if has_experts(model) else None
+    try:
         names = NameMap(model, tensors, stored_as_named=False)
     except (ValueError, TypeError):
-        return {}
-    found: dict[str, tuple[int, int, list[str]]] = {}
+        return {}, None
+    found: _Structure = {}
     for layer in adapter.layers(model):
         path = adapter.experts_path(model, layer)
         own = {f"{path}.{name}": tensor for name, tensor in model.get_submodule(path).named_parameters()}
         stored = [one for name in own for one in names.units.get(name, [])]
         count = sum(tensor.numel() for tensor in own.values())
         found[layer] = (adapter.num_experts(model, layer), count, list(dict.fromkeys(stored)))
-    return found
+    return found, None
 
 
 def _natural(text: str) -> list[Any]:

@@ -43,6 +43,10 @@ def run(arguments: argparse.Namespace) -> None:
         )
     for name in ("experts", "rest", "total"):
         print(f"{name:<{wide}}  {'':>37}{found[name]['parameters']:>10,}  {found[name]['bytes']:>10,}")
+    if found["untreated"] is not None:
+        print(
+            f"note: experts are listed by the names of tensors, and no other command takes this model: {found['untreated']}"
+        )
     for note in found["notes"]:
         print(f"note: {note}")
     for name, value in found["provenance"].items():

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mcsmoe.cli import options
-from mcsmoe.methods import BACKWARD, MERGES, MERGES_ON_TOKENS, PRESETS, REFIT, SIMILARITIES
+from mcsmoe.methods import BACKWARD, MERGES, MERGES_ON_TOKENS, PRESETS, REFIT, SIMILARITIES, aligned_in_sequence
 from mcsmoe.workflow.method_options import add_method
 from mcsmoe.workflow.options import record
 
@@ -76,11 +76,14 @@ def complete(arguments: argparse.Namespace) -> None:
         name, arguments.refit = name.removesuffix(REFIT), True
     completed = replace(PRESETS["msmoe"], merge=name, budget=MERGES[name].budget) if name in MERGES else None
     preset = PRESETS[name] if completed is None else completed
+    as_preset = arguments.alignment is None
     for field in _FIELDS:
         if getattr(arguments, field) is None:
             setattr(arguments, field, getattr(preset, field))
     arguments.published = completed is None
     arguments.method = preset.merge or preset.criterion
+    if as_preset and in_sequence(arguments):
+        arguments.alignment = aligned_in_sequence(arguments.alignment, arguments.similarity)
 
 
 def in_sequence(arguments: argparse.Namespace) -> bool:
