@@ -1,7 +1,7 @@
 """GPTQ (arXiv:2210.17323) as AutoGPTQ and GPTQModel store it: integers packed down the columns, one scale and zero a group.
 
 ``qweight`` int32 [I * bits / 32, O], ``scales`` [groups, O], ``qzeros`` int32 [groups, O * bits / 32], and ``g_idx`` [I], the
-group of each input. The first version of the format stores zeros less one.
+group of each input. The first version of the format stores zeros less one, so that 0 is stored as the largest number there is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def decoded(parts: Parts, bits: int, offset: int, group_size: int) -> Tensor:
     weight_OI = unpacked(parts["qweight"].t().contiguous(), bits)
     inputs = weight_OI.shape[1]
     scale_GO = parts["scales"].float()
-    zero_GO = (unpacked(parts["qzeros"], bits)[:, : scale_GO.shape[1]] + offset).float()
+    zero_GO = ((unpacked(parts["qzeros"], bits)[:, : scale_GO.shape[1]].int() + offset) % 2**bits).float()
     size = group_size if group_size > 0 else inputs
     group_I = parts["g_idx"].long() if "g_idx" in parts else torch.arange(inputs) // size
     return (weight_OI.float() - zero_GO[group_I].t()) * scale_GO[group_I].t()
