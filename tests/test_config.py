@@ -68,10 +68,10 @@ BAD = [
     ("compress/initial_fraction", 0.9, ["compress.initial_fraction", "0.9", "steps"]),
     ("data/selection_rows", 10**6, ["data.selection_rows", "1000000", "fewer"]),
     ("model/checkpoint", "/nowhere/at/all", ["model.checkpoint", "/nowhere/at/all"]),
-    ("per_task", {"COPA": {"finetune": {"epoch": 1}}}, ["per_task.COPA.finetune", "epoch"]),
+    ("per_task", {"SST-2": {"finetune": {"epoch": 1}}}, ["per_task.SST-2.finetune", "epoch"]),
     ("per_task", {"MRPC": {}}, ["per_task.MRPC", "tasks"]),
-    ("per_task", {"COPA": {"data": {"folder": "x"}}}, ["per_task.COPA.data", "folder"]),
-    ("per_task", {"COPA": {"data": {"train_rows": 9, "selection_rows": 9}}}, ["data.selection_rows is 9", "9"]),
+    ("per_task", {"SST-2": {"data": {"folder": "x"}}}, ["per_task.SST-2.data", "folder"]),
+    ("per_task", {"SST-2": {"data": {"train_rows": 9, "selection_rows": 9}}}, ["data.selection_rows is 9", "9"]),
     ("zero_shot", True, ["variants names 'mcsmoe'", "zero_shot: false"]),
     ("seeds", [0, 0], ["seeds", "twice"]),
 ]
@@ -143,8 +143,8 @@ IMPOSSIBLE = [
     ("recover/steps", 10**30, "recover.steps is a number of 100 bits"),
     ("recover/steps", 10**12, "recover.steps is 1000000000000; it must be at most"),
     ("compress/rank", 65, "compress.rank is 65"),
-    ("per_task", {"COPA": {"compress": {"rank": 65}}}, "per_task.COPA.compress.rank is 65"),
-    ("per_task", {"COPA": {"compress": {"initial_fraction": 0.9}}}, "per_task.COPA.compress.initial_fraction is 0.9"),
+    ("per_task", {"SST-2": {"compress": {"rank": 65}}}, "per_task.SST-2.compress.rank is 65"),
+    ("per_task", {"SST-2": {"compress": {"initial_fraction": 0.9}}}, "per_task.SST-2.compress.initial_fraction is 0.9"),
     ("model/architecture/num_sparse_encoder_layers", 5, "num_sparse_encoder_layers is 5, but"),
     (
         "model/architecture/num_sparse_decoder_layers",
@@ -202,10 +202,10 @@ def test_a_value_that_no_json_has_is_named() -> None:
 
 def test_a_whole_number_may_be_written_with_a_point() -> None:
     made = configuration.complete(
-        DEFAULT | {"experts": [4.0], "per_task": {"COPA": {"finetune": {"steps": 5.0, "learning_rate": 1}}}}
+        DEFAULT | {"experts": [4.0], "per_task": {"SST-2": {"finetune": {"steps": 5.0, "learning_rate": 1}}}}
     )
     assert repr(made["experts"]) == "[4]"
-    assert repr(made["per_task"]["COPA"]["finetune"]["steps"]) == "5"
+    assert repr(made["per_task"]["SST-2"]["finetune"]["steps"]) == "5"
     with pytest.raises(ValueError, match=r"experts\[0\] is 2\.5"):
         configuration.complete(DEFAULT | {"experts": [2.5]})
 
@@ -258,7 +258,7 @@ def test_reap_prunes_every_layer_alike_as_published() -> None:
 
 def test_hc_smoe_is_the_published_one_in_the_workflow_and_on_the_command_line() -> None:
     """Average linkage on Euclidean distances of mean outputs, averaged by frequency."""
-    for known in (methods.resolve(configuration.complete({"tasks": ["COPA"]})), methods.PRESETS):
+    for known in (methods.resolve(configuration.complete({"tasks": ["SST-2"]})), methods.PRESETS):
         found = known["hc-smoe"]
         assert (found.similarity, found.grouping, found.linkage) == (
             "expert-output.distance",
