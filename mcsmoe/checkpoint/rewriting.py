@@ -43,12 +43,17 @@ def rewrite(
             with source.layer(layer):
                 before = _marks(source, layer) if source.quantised is not None else {}
                 change(layer)
-                state = source.model.get_submodule(layer).state_dict()
-                after = {f"{layer}.{name}": tensor for name, tensor in state.items()}
-                spool.add(_changed(source, after, before) if before else after)
+                # In a call of its own, so that no name keeps the layer while the next one is read.
+                _keep(source, layer, before, spool)
         _write(source, folder, spool, dict(provenance), shard_bytes)
         if extra is not None:
             extra(folder)
+
+
+def _keep(source: Streamed, layer: LayerId, before: Mapping[str, Mark], spool: Spool) -> None:
+    state = source.model.get_submodule(layer).state_dict()
+    after = {f"{layer}.{name}": tensor for name, tensor in state.items()}
+    spool.add(_changed(source, after, before) if before else after)
 
 
 Mark = tuple[int, int, tuple[int, ...], torch.dtype]
