@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from mcsmoe.artefacts.tensors import CODES, INDEX, SHARD_BYTES, SINGLE, TensorInfo, bytes_of
 
 _AT_ONCE = 1 << 27  # bytes
+_HASHED = 1 << 22  # bytes
 _WORTH = 1 << 16  # bytes that are worth asking for ahead
 
 
@@ -111,18 +113,25 @@ def copy_tensors(
     infos: Mapping[str, TensorInfo],
     places: Mapping[str, Sequence[Bytes]],
     shard_bytes: int = SHARD_BYTES,
-) -> None:
+) -> dict[str, str]:
     """Write a checkpoint's tensors from where their bytes lie in other files; the system copies them.
+
+    Returns:
+        SHA-256 (hexadecimal) by file name, taken of what is there while the next bytes are copied.
 
     Raises:
         ValueError: fewer or more bytes than a tensor has; names it.
     """
     handles: dict[Path, BinaryIO] = {}
+    digests: dict[str, str] = {}
+    beside = ThreadPoolExecutor(1)
     try:
         for file, names in _files(folder, infos, shard_bytes):
-            with (folder / file).open("wb") as handle:
-                handle.write(_header(infos, names, {}))
+            with (folder / file).open("w+b") as handle:
+                header = _header(infos, names, {})
+                handle.write(header)
                 handle.flush()
+                digest, end, taken = hashlib.sha256(header), len(header), []
                 parts = list(joined(places, infos, names))
                 for number, part in enumerate(parts):
                     # What comes next is read while this is written: no system reads ahead over a gap by itself.
@@ -134,9 +143,25 @@ def copy_tensors(
                         length = min(after.length, _AT_ONCE)
                         os.posix_fadvise(handles[after.file].fileno(), after.start, length, os.POSIX_FADV_WILLNEED)
                     _copy(handles[part.file], handle, part)
+                    taken.append(beside.submit(_update, digest, handle.fileno(), end, part.length))
+                    end += part.length
+                for update in taken:
+                    update.result()
+            digests[file] = digest.hexdigest()
+        return digests
     finally:
+        beside.shutdown(cancel_futures=True)
         for source in handles.values():
             source.close()
+
+
+def _update(digest: Any, file: int, start: int, length: int) -> None:
+    while length:
+        data = os.pread(file, min(length, _HASHED), start)
+        if not data:
+            raise ValueError(f"a file that was just written ends at byte {start}; the disk may be full")
+        digest.update(data)
+        start, length = start + len(data), length - len(data)
 
 
 def joined(

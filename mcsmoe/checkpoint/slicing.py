@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mcsmoe.adapters.dropping import Slices
 from mcsmoe.artefacts.atomic import atomic_directory
+from mcsmoe.artefacts.digests import write_sums
 from mcsmoe.artefacts.tensors import SHARD_BYTES, TensorFolder, TensorInfo
 from mcsmoe.artefacts.writing import Bytes, by_alignment, copy_tensors
 from mcsmoe.checkpoint import fields
@@ -72,7 +73,8 @@ def leave_experts(
             config = settings.replaced(config, renumbered(settings.fields, numbers))
         files = source.files
         infos = by_alignment({name: _info(files, piece) for name, piece in pieces.items()})
-        copy_tensors(folder, infos, {name: list(_places(files, pieces[name])) for name in infos}, shard_bytes)
+        places = {name: list(_places(files, pieces[name])) for name in infos}
+        write_sums(folder, copy_tensors(folder, infos, places, shard_bytes))
         source.copy_companions(folder)
         fields.write_json(folder / "config.json", config)
         write_provenance(folder, provenance)
