@@ -94,13 +94,6 @@ MERGES_ON_TOKENS: dict[str, Merge] = {
 }
 """Those that look at all tokens of a layer in its turn, so that ``mcsmoe merge`` alone has them."""
 
-CHOICES = {
-    "similarity": tuple(SIMILARITIES),
-    "grouping": GROUPINGS,
-    "merge": (*MERGES, *MERGES_ON_TOKENS),
-}
-"""By field of a method, the names it takes, where the schema has no list of them."""
-
 CRITERIA: dict[str, str] = {
     "frequency": "tokens routed to the expert",
     "reap": "mean of gate times norm of the output (REAP)",
@@ -116,10 +109,15 @@ CRITERIA: dict[str, str] = {
 DROPPED = ("delete", "redirect", "constant", "affine")
 """What becomes of dropped experts: router rows deleted, a kept expert answers, or a novice does."""
 
-CHOICES["criterion"] = tuple(CRITERIA)
+CHOICES = {
+    "similarity": tuple(SIMILARITIES),
+    "grouping": GROUPINGS,
+    "merge": (*MERGES, *MERGES_ON_TOKENS),
+    "criterion": tuple(CRITERIA),
+}
+"""By field of a method, the names it takes, where the schema has no list of them."""
 
-MAX_MIN = "max-min"
-"""The mixture of domains by which the worst domain's predicted error is smallest."""
+MAX_MIN = "max-min"  # the mixture of domains by which the worst domain's predicted error is smallest
 
 PRUNING_BUDGETS = ("uniform", "predicted", "adaptive")
 """How the number of kept experts is spread over the layers."""
@@ -216,14 +214,15 @@ def _pruning_name(criterion: str) -> str:
     return f"{criterion}-pruning" if criterion in (*MERGES, "random") else criterion
 
 
-def aligned_in_sequence(alignment: str, similarity: str) -> str:
-    """The alignment of a preset where layers are merged in sequence: to the leader of each group, not to expert 0.
+def aligned_in_sequence(method: Method) -> Method:
+    """As a preset is aligned in sequence: to the leaders of the groups, which are there first, and not by way of expert 0.
 
-    Groups are there before their members are aligned, so that one assignment brings a neuron to its place in the place of
-    two. A similarity of weights compares aligned experts, and keeps the alignment of the whole layer.
+    A similarity of weights compares aligned experts, and keeps the alignment of the whole layer.
     """
+    if "weights" in SIMILARITIES.get(method.similarity, Similarity(frozenset())).needs:
+        return method
     leading = {"weight": "weight-dominant", "activation": "activation-dominant"}
-    return alignment if "weights" in SIMILARITIES[similarity].needs else leading.get(alignment, alignment)
+    return replace(method, alignment=leading.get(method.alignment, method.alignment))
 
 
 def _builtin() -> dict[str, Method]:
@@ -298,16 +297,12 @@ REFIT = "-refit"
 """Ends the name of a preset that is refitted afterwards."""
 
 
-def _close(name: str, known: list[str]) -> str:
-    close = get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def require_known(field: str, name: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> None:
     """Raise ValueError naming field, value and the known names unless ``name`` is among ``known``."""
     names = list(known)
     if name not in names:
-        raise ValueError(f"{field} is {name!r}, which is not known{_close(name, names)} Known: {', '.join(names)}")
+        close = "".join(f"; did you mean {one!r}?" for one in get_close_matches(name, names, n=1))
+        raise ValueError(f"{field} is {name!r}, which is not known{close} Known: {', '.join(names)}")
 
 
 def resolve(config: Mapping[str, Any]) -> dict[str, Method]:
@@ -327,16 +322,12 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Method]:
         if base is None and settings.get("merge") in MERGES:
             settings = {"budget": MERGES[settings["merge"]].budget, **settings}
         made = replace(start, **{"name": name, **settings})
-        if made.in_sequence and "alignment" not in settings and made.similarity in SIMILARITIES:
-            made = replace(made, alignment=aligned_in_sequence(made.alignment, made.similarity))
-        known[name] = made
+        known[name] = aligned_in_sequence(made) if made.in_sequence and "alignment" not in settings else made
     for name in config["variants"]:
         start = name.removesuffix(REFIT)
         if name not in known and name.endswith(REFIT) and start in known and known[start].fewer:
             about = f"{known[start].description}, refitted"
-            one = known[start]
-            alignment = aligned_in_sequence(one.alignment, one.similarity)
-            known[name] = replace(one, name=name, description=about, refit=True, alignment=alignment)
+            known[name] = replace(aligned_in_sequence(known[start]), name=name, description=about, refit=True)
     for name, method in known.items():
         field = f"methods.{name}"
         _check_in_sequence(field, method)

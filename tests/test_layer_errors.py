@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mcsmoe.adapters.registry import adapter_for
+from mcsmoe.calibration.layer_errors import LayerErrors
 from mcsmoe.data.tasks import load_task
 from mcsmoe.evaluate import documents
-from mcsmoe.evaluate.layer_errors import LayerErrors
 from mcsmoe.train.tokenizer import train_tokenizer
 from mcsmoe.types import Role
 

@@ -91,9 +91,9 @@ def score_answers(arguments: argparse.Namespace, task: Task, given: dict[str, An
 def score_texts(arguments: argparse.Namespace, task: Task, given: dict[str, Any], reference: nn.Module | None) -> None:
     """Predict every document beside the full model, and score what was predicted by domain, and what each layer gives."""
     from mcsmoe.artefacts.tables import write_table
+    from mcsmoe.calibration.layer_errors import LayerErrors
     from mcsmoe.evaluate.documents import predict_texts
     from mcsmoe.evaluate.domains import scores
-    from mcsmoe.evaluate.layer_errors import LayerErrors
 
     asked = {**given, "reference": reference, "continuations": arguments.continuations}
     by_layer: list[tuple[str, Interval]] = []

@@ -83,7 +83,7 @@ def complete(arguments: argparse.Namespace) -> None:
     arguments.published = completed is None
     arguments.method = preset.merge or preset.criterion
     if as_preset and in_sequence(arguments):
-        arguments.alignment = aligned_in_sequence(arguments.alignment, arguments.similarity)
+        arguments.alignment = aligned_in_sequence(replace(preset, similarity=arguments.similarity)).alignment
 
 
 def in_sequence(arguments: argparse.Namespace) -> bool:
