@@ -1,6 +1,6 @@
 """Integers in place of weights: the best scale, the packed words, and checkpoints that hold them.
 
-The layout is checked against compressed-tensors itself where COMPRESSED_TENSORS_PYTHON names an interpreter that has it
+The layout is checked against compressed-tensors itself where MCSMOE_COMPRESSED_TENSORS names an interpreter that has it
 (and transformers): it is no dependency of this project.
 """
 
@@ -210,9 +210,9 @@ print("agrees")
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_compressed_tensors_reads_it(bits: int, place: Path) -> None:
-    python = os.environ.get("COMPRESSED_TENSORS_PYTHON")
+    python = os.environ.get("MCSMOE_COMPRESSED_TENSORS")
     if not python:
-        pytest.skip("on request: COMPRESSED_TENSORS_PYTHON names a Python with compressed-tensors and transformers 5")
+        pytest.skip("on request: MCSMOE_COMPRESSED_TENSORS names a Python with compressed-tensors and transformers 5")
     environment: dict[str, Any] = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = [python, "-c", CHECK, place / f"packed-{bits}", place / "plain", str(bits)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mcsmoe.calibration.tokens import LayerBatch
-from mcsmoe.refit.ridge import RIDGES, Block, RefitBatch, refit
+from mcsmoe.refit.ridge import RIDGES, Block, RefitBatch, _spread, refit
 
 D, P, B, T = 6, 5, 4, 300
 
@@ -268,3 +269,14 @@ def test_what_experts_read_is_scaled_where_their_family_scales_it() -> None:
     two = replace(batch, index_TK=index_TK.repeat(1, 2), scale_TK=scale_TK.repeat(1, 2))
     with pytest.raises(ValueError, match="'a layer': the 2 experts of a token read it scaled"):
         two.read("a layer")
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 40, 257])
+def test_few_blocks_choose_the_ridge_however_many_there_are(count: int) -> None:
+    indices = [3 * number for number in range(count)]
+    found = sorted(_spread(indices))
+    assert set(found) <= set(indices)
+    assert min(count, 9) <= len(found) <= 16
+    assert not found or found[0] == indices[0]
+    gaps = {later - earlier for earlier, later in pairwise(found)}
+    assert len(gaps) <= 1

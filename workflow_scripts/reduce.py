@@ -130,7 +130,7 @@ def weighed(
     from mcsmoe.calibration.collect import Domain, collect
     from mcsmoe.calibration.folder import FolderLayers, open_statistics
     from mcsmoe.checkpoint.streaming import Streamed
-    from mcsmoe.transform.domains import max_min, slim
+    from mcsmoe.transform.domains import mixed
     from mcsmoe.transform.in_sequence import Texts
 
     domains: dict[str, list[Batch]] = {}
@@ -141,10 +141,7 @@ def weighed(
     collect(Streamed(arguments.model), [Domain(name, batches) for name, batches in domains.items()], folder, settings)
     found = open_statistics(folder).layers
     assert isinstance(found, FolderLayers)
-    layers = {layer: {name: slim(one) for name, one in found.by_domain(layer).items()} for layer in found}
-    mixture = max_min(layers, kept, arguments.criterion or "gram", {}, seed=arguments.seed)
-    for name, weight in sorted(mixture.weights.items()):
-        console.log.info("domain %s: weight %.3f, predicted error %.4f", name, weight, mixture.errors[name])
+    _, mixture = mixed(found.by_domain, kept, arguments.criterion or "gram", {}, seed=arguments.seed)
     return Texts(given.batches, mixture.weights)
 
 

@@ -1,9 +1,12 @@
-"""Names that become folders of results: one rule for tasks and for methods."""
+"""Names that become folders of results: one rule for tasks and for methods. And the name of a metric that several read."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
+
+LAYER_ERROR = "layer_error"
+"""Metrics of layers are called ``layer_error/LAYER``."""
 
 _LONGEST = 80  # bytes; a task's and a method's name stand in one file name together
 _ALLOWED = re.compile(r"[\w .,+()=@~#-]+")

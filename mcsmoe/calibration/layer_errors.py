@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from mcsmoe.adapters.registry import adapter_for
+from mcsmoe.artefacts.names import LAYER_ERROR
 from mcsmoe.calibration.streams import stream_square, streams_after
 from mcsmoe.evaluate.confidence import Interval
 from mcsmoe.evaluate.language import ratio
 from mcsmoe.types import LayerId
-
-PREFIX = "layer_error"
-"""Metrics of layers are called ``layer_error/LAYER``."""
 
 
 class LayerErrors:
@@ -87,11 +85,11 @@ class LayerErrors:
         return compare
 
     def scores(self, resamples: int, seed: int) -> Iterator[tuple[str, Interval]]:
-        """(``layer_error/LAYER``, error with its interval over rows) of each layer."""
-        for layer in self.layers:
+        """(``layer_error/LAYER``, error with its interval over rows) of each layer that was called."""
+        for layer in (layer for layer in self.layers if self._error[layer]):
             error_U, energy_U = (np.asarray(torch.cat(kept[layer])) for kept in (self._error, self._energy))
             found = ratio(error_U, energy_U, resamples, seed)
-            yield f"{PREFIX}/{layer}", Interval(found.value, found.low, found.high, len(error_U))
+            yield f"{LAYER_ERROR}/{layer}", Interval(found.value, found.low, found.high, len(error_U))
 
 
 def _first(output: Any) -> Tensor:

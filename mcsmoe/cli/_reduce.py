@@ -30,7 +30,7 @@ from mcsmoe.criteria.scores import CriterionInputs, super_experts
 from mcsmoe.export.packed import Packing, pack_folder
 from mcsmoe.methods import MAX_MIN
 from mcsmoe.transform.budget import SPREADS
-from mcsmoe.transform.domains import max_min, slim
+from mcsmoe.transform.domains import mixed
 from mcsmoe.transform.in_sequence import Shelf, Texts, reduced_in_sequence
 from mcsmoe.transform.layers import SparseLayer
 from mcsmoe.transform.reduce import Reduced, Reduction
@@ -340,16 +340,8 @@ def mix(
     """
     if getattr(calibrated.arguments, "domains", None) != MAX_MIN:
         return {}
-    names = calibrated.source.layers
-    layers = {layer: {name: slim(one) for name, one in calibrated.by_domain(layer).items()} for layer in names}
-    given = max_min(layers, counts, criterion, limits, calibrated.weights, calibrated.arguments.seed, steps=1)
-    found = max_min(layers, counts, criterion, limits, calibrated.weights, calibrated.arguments.seed)
+    given, found = mixed(calibrated.by_domain, counts, criterion, limits, calibrated.weights, calibrated.arguments.seed)
     calibrated.weights = found.weights
-    for name in sorted(found.weights):
-        log.info(
-            "domain %s: weight %.3f in place of %.3f, predicted error %.4f in place of %.4f",
-            *(name, found.weights[name], given.weights[name], found.errors[name], given.errors[name]),
-        )
     return {DOMAINS: {"weights": found.weights, "errors": found.errors, "given": vars(given)}}
 
 

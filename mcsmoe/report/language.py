@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from mcsmoe.artefacts.names import LAYER_ERROR
 from mcsmoe.report.drawing import FULL, INK, WIDTH, colours, layer_names, legend_below, new_axes, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOST = "nats_lost"
-BY_LAYER = "layer_error/"
+BY_LAYER = f"{LAYER_ERROR}/"
 _KEY = ["variant", "experts", "seed"]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
+from mcsmoe.console import log
 from mcsmoe.criteria.quadratic import Limits, cost
 from mcsmoe.criteria.scores import CriterionInputs, choose
 from mcsmoe.statistics.blend import blend
@@ -91,3 +92,28 @@ def max_min(
         weights = {name: weights[name] * math.exp((errors[name] / mean - 1) / step**0.5) for name in names}
     assert best is not None
     return best
+
+
+def mixed(
+    by_domain: Callable[[LayerId], Mapping[str, LayerStatistics]],
+    counts: Mapping[LayerId, int],
+    criterion: str,
+    limits: Mapping[LayerId, Limits],
+    start: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> tuple[Mixture, Mixture]:
+    """The mixture as given, and the one by which the worst domain suffers least; what changes is said.
+
+    Args:
+        by_domain: from a layer to its statistics by domain; only what criteria read is kept of them.
+        counts, criterion, limits, start, seed: as in ``max_min``.
+    """
+    layers = {layer: {name: slim(one) for name, one in by_domain(layer).items()} for layer in counts}
+    given = max_min(layers, counts, criterion, limits, start, seed, steps=1)
+    found = max_min(layers, counts, criterion, limits, start, seed)
+    for name in sorted(found.weights):
+        log.info(
+            "domain %s: weight %.3f in place of %.3f, predicted error %.4f in place of %.4f",
+            *(name, found.weights[name], given.weights[name], found.errors[name], given.errors[name]),
+        )
+    return given, found
