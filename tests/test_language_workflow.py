@@ -65,7 +65,7 @@ def test_every_stage_runs_and_everything_is_compared_by_document(tmp_path: Path)
     groups = read_table(run / "healed" / "3e" / "groups.parquet", "groups")
     assert groups.groupby("layer")["dominant"].sum().tolist() == [3, 3]
     log = next((project.results / "logs" / "reduce").rglob("*even*.log")).read_text()
-    shares = [float(line.split("weight ")[1].split(",")[0]) for line in log.splitlines() if "domain " in line]
+    shares = [float(line.split("weight ")[1].split()[0]) for line in log.splitlines() if "domain " in line]
     assert len(shares) == 2
     assert sum(shares) == pytest.approx(1, abs=2e-3)
     documents = read_table(run / "healed" / "3e" / "recovered_evaluation" / "predictions.parquet", "documents")
