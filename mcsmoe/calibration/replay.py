@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from mcsmoe.calibration.products import fast_products
 from mcsmoe.types import Batch, LayerId
 
 Saved = Callable[[str], Any]
@@ -257,7 +258,8 @@ class Replay:
         self._calls, self._stop, self._saved, self._entered = 0, stop, saved, entered
         self._last = {self.stack_of[path]: number for number, path in enumerate(self.order[:stop])}
         try:
-            return self.model(**inputs, use_cache=False)
+            with fast_products():
+                return self.model(**inputs, use_cache=False)
         except _Halt:
             return None
         finally:
