@@ -18,6 +18,9 @@ import torch
 from command_line import refused, run
 from safetensors.torch import load_file
 
+import mcsmoe.calibration.collect as collecting
+import mcsmoe.transform.merge as merging
+from mcsmoe.calibration.layer_major import Block
 from mcsmoe.transform.reduce import Reduced
 from mcsmoe.transform.unfinished import Unfinished
 
@@ -43,6 +46,11 @@ WAYS = {
     "novices": ("prune", "--dropped", "affine", "--rank", "2"),
     "ream": ("merge", "--method", "ream"),
 }
+ONE_PASS = {
+    "merge": ("merge", "--method", "frequency"),
+    "budget": ("prune", "--criterion", "gram", "--budget", "predicted"),
+}
+"""Ways that take statistics of the whole model first."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +64,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(full: Path, way: str, out: Path, *more: object) -> list[str]:
-    command, *options = WAYS[way]
+    command, *options = (WAYS | ONE_PASS)[way]
     given = [command, full, "--calibration", full.parent / "rows.jsonl", "--experts", 4, "--out", out]
     return [str(word) for word in [*given, "--batch-size", 4, "--threads", 1, *options, *more]]
 
@@ -72,8 +80,9 @@ def same(one: Path, two: Path) -> None:
     left, right = (load_file(folder / "model.safetensors") for folder in (one, two))
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
     for name in ("experts.json", "groups.parquet"):
-        assert (one / name).read_bytes() == (two / name).read_bytes()
+        assert not (one / name).exists() or (one / name).read_bytes() == (two / name).read_bytes()
 
 
 @pytest.mark.parametrize("way", list(WAYS))
@@ -85,6 +94,54 @@ def test_a_killed_run_goes_on_after_its_last_block(way: str, full: Path, tmp_pat
     run(*words(full, way, tmp_path / "out"))
     assert not (tmp_path / "out.partial").exists()
     same(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize("way", list(ONE_PASS))
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_statistics_that_a_killed_run_has_taken_are_not_taken_again(
+    way: str, blocks: int, full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(*words(full, way, tmp_path / "whole"))
+    out, taken = tmp_path / "out", []
+    before, ended = collecting._Run.commit, collecting._Run.finish
+
+    def commit(self: collecting._Run, block: Block) -> None:
+        before(self, block)
+        taken.append(block.path)
+        if len(taken) == blocks < 4:
+            raise Killed
+
+    def finish(self: collecting._Run, say_request: bool) -> None:
+        ended(self, say_request)
+        if len(taken) == 4 == blocks:
+            raise Killed
+
+    monkeypatch.setattr(collecting._Run, "commit", commit)
+    monkeypatch.setattr(collecting._Run, "finish", finish)
+    with pytest.raises(Killed):
+        run(*words(full, way, out))
+    assert not out.exists()
+    monkeypatch.setattr(collecting._Run, "finish", ended)
+    # Asked to replace what is not there yet, it goes on all the same.
+    run(*words(full, way, out, "--overwrite"))
+    assert len(taken) == len(set(taken)) == 4
+    same(tmp_path / "whole", out)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+
+
+def test_statistics_taken_for_other_text_are_not_used(
+    full: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "merge_layer", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run(*words(full, "merge", tmp_path / "out"))
+    monkeypatch.undo()
+    said = refused(caplog, *words(full, "merge", tmp_path / "out", "--samples", 8))
+    assert "had another domains" in said
+    run(*words(full, "merge", tmp_path / "out", "--samples", 8, "--overwrite"))
+    run(*words(full, "merge", tmp_path / "whole", "--samples", 8))
+    same(tmp_path / "whole", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
 
 
 def test_a_stopped_run_of_another_request_is_not_gone_on_with(
@@ -99,7 +156,7 @@ def test_a_stopped_run_of_another_request_is_not_gone_on_with(
 
 
 @pytest.mark.skipif("MCSMOE_KILLS" not in os.environ, reason="set MCSMOE_KILLS to the number of kills (20: 5 minutes)")
-@pytest.mark.parametrize("way", ["refit", "ream"])
+@pytest.mark.parametrize("way", ["refit", "ream", "merge"])
 def test_kills_at_random_moments_change_no_bit(way: str, full: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mcsmoe"]
     started = time.monotonic()

@@ -23,7 +23,7 @@ from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.console import log
 from mcsmoe.types import Batch
 
-_PROGRESS, _LOCK = "progress.json", "lock"
+_PROGRESS, _LOCK, _REQUEST = "progress.json", "lock", "request.json"
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,14 @@ class _Run:
         }
         changed = [file.path.stat().st_mtime_ns for _, file in sorted(source.tensors.files.items())]
         self.request = self.described | {"files": identity(source), "changed": changed, "outputs": options.outputs}
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Nothing is done yet."""
         self.convergence: dict[str, float] = {}
         self.done: list[str] = []
         self.order: list[str] = []
-        self.states = States(self.partial, options.cache_memory, durable=True)
+        self.states = States(self.partial, self.options.cache_memory, durable=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -92,6 +96,31 @@ class _Run:
             except OSError as error:
                 raise ValueError(f"{self.partial}: another process is collecting into it; wait for it") from error
             yield
+
+    def finished(self) -> bool:
+        """Whether a run that says so (``finish``) has ended well, and was of the same request.
+
+        Raises:
+            ValueError: as ``resume``.
+        """
+        file = self.out / _REQUEST
+        if not file.is_file():
+            return False
+        try:
+            before = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file}: damaged ({error}); delete {self.out} and run again") from error
+        self._check_same(self.out, before)
+        return True
+
+    def _check_same(self, folder: Path, before: Any) -> None:
+        request = json.loads(json.dumps(self.request))
+        for name in request:
+            if not isinstance(before, dict) or before.get(name) != request[name]:
+                raise ValueError(
+                    f"{folder}: a run that was stopped there had another {name}; run the same command as then, "
+                    "or delete the folder (--overwrite does)"
+                )
 
     def resume(self) -> None:
         """Go on where a killed run stopped, if there was one.
@@ -108,13 +137,7 @@ class _Run:
             order, done, convergence = found["order"], found["done"], found["convergence"]
         except (ValueError, KeyError) as error:
             raise ValueError(f"{file}: damaged ({error}); delete {self.partial} and run again") from error
-        request = json.loads(json.dumps(self.request))
-        for name in request:
-            if before.get(name) != request[name]:
-                raise ValueError(
-                    f"{self.partial}: a run that was stopped there had another {name}; run the same command as then, "
-                    "or delete the folder (--overwrite does)"
-                )
+        self._check_same(self.partial, before)
         self.order, self.done, self.convergence = order, done, convergence
         self.states.restore(found["states"])
         log.info("%s: going on after %d blocks and %d sparse layers", self.partial, len(order), len(done))
@@ -138,12 +161,15 @@ class _Run:
         }
         write_json(self.partial / _PROGRESS, progress)
 
-    def finish(self) -> None:
-        """The folder is complete and takes its place."""
+    def finish(self, say_request: bool) -> None:
+        """The folder is complete and takes its place; with ``say_request`` it holds what ``finished`` asks for."""
         described = self.described | {"convergence": self.convergence}
         self.states.close()
         write_json(self.partial / statistics_folder.DESCRIPTION, described)
         wanted = {statistics_folder.DESCRIPTION, _PROGRESS, *self.described["layers"].values()}
+        if say_request:
+            write_json(self.partial / _REQUEST, self.request)
+            wanted.add(_REQUEST)
         for path in self.partial.iterdir():
             if path.name not in wanted and path.is_file():
                 path.unlink()
@@ -157,11 +183,20 @@ class _Run:
 
 
 def collect(
-    source: Streamed, domains: Sequence[Domain], out: str | Path, options: Options, overwrite: bool = False
+    source: Streamed,
+    domains: Sequence[Domain],
+    out: str | Path,
+    options: Options,
+    overwrite: bool = False,
+    reuse: bool = False,
 ) -> None:
     """Collect the statistics of all sparse layers into the folder ``out``.
 
     Killed anywhere, the same call goes on after the last block that was finished, and ends with the same bits.
+
+    Args:
+        overwrite: a run of another request that was stopped there is not in the way.
+        reuse: the folder is a step on the way to something else; if it is complete, there is nothing to do.
 
     Raises:
         ValueError: no rows, two domains of one name, a stopped run of other settings in the way, or what the pass says.
@@ -171,9 +206,17 @@ def collect(
         raise ValueError(f"two domains are called {max(names, key=names.count)!r}; name them apart")
     run = _Run(source, domains, Path(out), options)
     with explained(out), run.locked():
-        if overwrite:
+        try:
+            if reuse and run.finished():
+                log.info("%s: complete; going on with it", run.out)
+                shutil.rmtree(run.partial, ignore_errors=True)
+                return
+            run.resume()
+        except ValueError:
+            if not overwrite:
+                raise
             _clear(run.partial)
-        run.resume()
+            run.start_anew()
         batches = [DomainBatch(domain.name, inputs) for domain in domains for inputs in domain.batches]
         major = LayerMajor(source, batches, run.states, options, start=run.order, done=run.done)
         total = sum(len(blocks) for blocks in major.replay.stacks.values())
@@ -182,7 +225,7 @@ def collect(
             for block in major.blocks():
                 run.commit(block)
                 _say(block, major, total, (time.monotonic() - started) / (len(run.order) - first))
-        run.finish()
+        run.finish(say_request=reuse)
     if run.convergence:
         share = sum(run.convergence.values()) / len(run.convergence)
         worst = min(run.convergence, key=lambda layer: run.convergence[layer])

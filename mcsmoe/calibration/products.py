@@ -97,6 +97,10 @@ class _Way:
         return tuple(one.dim() for one in args[self.operands :][:2]) == self.dims
 
 
+def _mm(left_NI: Tensor, right_IO: Tensor) -> Tensor:
+    return widened_product(left_NI, right_IO)
+
+
 def _addmm(start: Tensor, left_NI: Tensor, right_IO: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     start_NO = start.expand(left_NI.shape[0], right_IO.shape[1]).float() * beta
     return widened_product(left_NI, right_IO, start_NO, float(alpha))
@@ -128,7 +132,7 @@ def _grouped(left_NI: Tensor, right_GIO: Tensor, offs: Tensor) -> Tensor:
 
 
 _WAYS = {
-    _aten.mm.default: _Way(widened_product, (2, 2)),
+    _aten.mm.default: _Way(_mm, (2, 2)),
     _aten.addmm.default: _Way(_addmm, (2, 2), operands=1, named=("beta", "alpha")),
     _aten.bmm.default: _Way(_bmm, (3, 3)),
     _aten.baddbmm.default: _Way(_baddbmm, (3, 3), operands=1, named=("beta", "alpha")),

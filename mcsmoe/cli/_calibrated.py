@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 
 from mcsmoe.calibration.folder import FolderLayers
-from mcsmoe.calibration.layer_major import DomainBatch, LayerMajor
-from mcsmoe.calibration.states import States
+from mcsmoe.calibration.layer_major import DomainBatch
 from mcsmoe.checkpoint.streaming import Streamed
+from mcsmoe.cli._beside import layers_beside
 from mcsmoe.cli._calibration import statistics
 from mcsmoe.cli._domains import domains, given_weights
-from mcsmoe.cli.options import pass_options
-from mcsmoe.console import progress
 from mcsmoe.statistics.blend import blend
 from mcsmoe.statistics.layer import LayerStatistics
 from mcsmoe.transform.in_sequence import Texts
@@ -68,7 +64,7 @@ class Calibrated:
     def by_domain(self, layer: LayerId) -> Mapping[str, LayerStatistics]:
         """Statistics of one layer of the whole model, by domain."""
         if self.has_rows:
-            return self._passed[layer]
+            return self._passed.by_domain(layer)
         found = self._found
         return found.by_domain(layer) if isinstance(found, FolderLayers) else {"all": found[layer]}
 
@@ -81,25 +77,8 @@ class Calibrated:
         return _Blended(self, chosen)
 
     @cached_property
-    def _passed(self) -> dict[LayerId, dict[str, LayerStatistics]]:
-        settings = pass_options(self.arguments)
-        made: dict[LayerId, dict[str, LayerStatistics]] = {}
-        parent = self.arguments.out.resolve().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        # A source of its own: the pass maps files, and the caller goes on with what it has.
-        whole = Streamed(self.source.folder)
-        with tempfile.TemporaryDirectory(prefix=".states-", dir=parent) as folder:
-            states = States(Path(folder), settings.cache_memory)
-            major = LayerMajor(whole, self._batches, states, settings)
-            total = sum(len(blocks) for blocks in major.replay.stacks.values())
-            try:
-                with major.open():
-                    for block in progress(major.blocks(), "routing statistics", total=total):
-                        for layer, found in block.layers.items():
-                            made[layer] = {domain: one.cpu() for domain, one in found.items()}
-            finally:
-                states.close()
-        return made
+    def _passed(self) -> FolderLayers:
+        return layers_beside(self.source, self.arguments)
 
 
 class _Blended(Mapping[LayerId, LayerStatistics]):

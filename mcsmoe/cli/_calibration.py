@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
-from pathlib import Path
 
 from mcsmoe.calibration import text
 from mcsmoe.calibration.files import load_statistics, save_statistics
 from mcsmoe.calibration.folder import FolderLayers
-from mcsmoe.calibration.layer_major import DomainBatch, LayerMajor
-from mcsmoe.calibration.states import States
 from mcsmoe.checkpoint.load import load_tokenizer
 from mcsmoe.checkpoint.streaming import Streamed
-from mcsmoe.cli._domains import domains
-from mcsmoe.cli.options import pass_options
-from mcsmoe.console import progress
-from mcsmoe.statistics.blend import blend
+from mcsmoe.cli._beside import collect_beside
 from mcsmoe.statistics.routing import RoutingStatistics
 
 
@@ -56,26 +49,7 @@ def statistics(source: Streamed, arguments: argparse.Namespace) -> RoutingStatis
         raise ValueError(
             "routing statistics are needed: give --calibration FILE, or --statistics PATH collected before"
         )
-    taken = domains(source, arguments)
-    weights = None if taken[0].weight is None else {one.name: one.weight or 0.0 for one in taken}
-    given = [DomainBatch(one.name, inputs) for one in taken for inputs in one.batches]
-    settings = pass_options(arguments)
-    found = RoutingStatistics(settings.reservoir, seed=settings.seed)
-    arguments.out.resolve().parent.mkdir(parents=True, exist_ok=True)
-    # A source of its own: the pass maps files, and the caller goes on with what it has.
-    whole = Streamed(source.folder)
-    with tempfile.TemporaryDirectory(prefix=".states-", dir=arguments.out.resolve().parent) as folder:
-        states = States(Path(folder), settings.cache_memory)
-        major = LayerMajor(whole, given, states, settings)
-        total = sum(len(blocks) for blocks in major.replay.stacks.values())
-        try:
-            with major.open():
-                for block in progress(major.blocks(), "routing statistics", total=total):
-                    found.layers |= {layer: blend(parts, weights).cpu() for layer, parts in block.layers.items()}
-        finally:
-            states.close()
-    # As the model names them, which need not be the order of their calls.
-    found.layers = {layer: found.layers[layer] for layer in source.layers}
+    found = collect_beside(source, arguments)
     if arguments.save_statistics is not None:
         save_statistics(arguments.save_statistics, found, source.tensors.fingerprint)
     return found

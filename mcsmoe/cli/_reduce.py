@@ -21,6 +21,7 @@ from mcsmoe.calibration.layer_major import Options
 from mcsmoe.checkpoint.quantised.settings import settings_of
 from mcsmoe.checkpoint.slicing import leave_experts
 from mcsmoe.checkpoint.streaming import Streamed
+from mcsmoe.cli._beside import forget_beside
 from mcsmoe.cli._calibrated import Calibrated
 from mcsmoe.cli._outputs import EXPERTS, GROUPS, say_size
 from mcsmoe.cli.options import pass_options
@@ -281,6 +282,7 @@ def reduce_checkpoint(
             for layer, reduced in reduced_in_sequence(source.folder, texts, reduction, counts, settings, run):
                 note(layer, reduced.grouping, reduced.share_E)
             write(run.get)
+    forget_beside(arguments.out)
     say_size(source.folder, arguments.out)
 
 

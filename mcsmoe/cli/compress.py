@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Split experts into low-rank factors and the strongest rows of what they leave, without training."""
     options.prepare(arguments)
     from mcsmoe.checkpoint.streaming import Streamed
+    from mcsmoe.cli._beside import forget_beside
     from mcsmoe.cli._calibration import statistics
     from mcsmoe.cli._outputs import copy_groups, say_size
     from mcsmoe.console import log
@@ -51,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     compress_layers(
         CheckpointLayers(source, Output(arguments.out, provenance)), splitting, found, only=list(specs) or None
     )
+    forget_beside(arguments.out)
     copy_groups(source.folder, arguments.out)
     say_size(source.folder, arguments.out)
     log.info("nothing was trained: the workflow's compress stage prunes rows while training, and loses less")

@@ -133,6 +133,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     from mcsmoe.artefacts.tables import write_table
     from mcsmoe.calibration.evidence import Evidence
     from mcsmoe.checkpoint.streaming import Streamed
+    from mcsmoe.cli._beside import forget_beside
     from mcsmoe.cli._calibration import statistics
     from mcsmoe.cli._outputs import GROUPS, say_size
     from mcsmoe.transform.align import Aligner, AlignmentSettings
@@ -160,6 +161,7 @@ def _merge(arguments: argparse.Namespace) -> None:
         extra=lambda folder: write_table(folder / GROUPS, frame, "groups"),
     )
     merge_layers(CheckpointLayers(source, output), groups.groupings, merging, evidence, align)
+    forget_beside(arguments.out)
     say_size(source.folder, arguments.out)
 
 

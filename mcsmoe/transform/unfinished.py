@@ -101,13 +101,20 @@ def unfinished(
 ) -> Iterator[Unfinished]:
     """What there is of ``out`` so far, beside it; gone when the context ends well, and kept when it does not.
 
+    Args:
+        overwrite: a run of another request that was stopped there is not in the way.
+
     Raises:
         ValueError: as ``Unfinished``.
     """
     folder = out.resolve().with_name(f"{out.name}.partial")
-    if overwrite:
+    try:
+        run = Unfinished(folder, request, memory, weights)
+    except ValueError:
+        if not overwrite:
+            raise
         shutil.rmtree(folder, ignore_errors=True)
-    run = Unfinished(folder, request, memory, weights)
+        run = Unfinished(folder, request, memory, weights)
     yield run
     run.close()
 
