@@ -167,6 +167,7 @@ class Method:
     dropped: str = "delete"
     novice_rank: int = 16
     refit: bool = False
+    refit_target: str = "layer"
     bits: int | None = None
     mixture: Mapping[str, float] | str | None = None  # shares by domain, or max-min
 
@@ -342,9 +343,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Method]:
             if method.merge is not None or not method.compress:
                 raise ValueError(f"{field} has a parent, so it must compress (compress: true) and not merge again")
         if method.dense and (method.merge or method.parent or method.compress):
-            raise ValueError(
-                f"{field} is dense, so it has no experts to merge or compress; leave merge, parent, compress out"
-            )
+            raise ValueError(f"{field} is dense, so it has no experts to merge; leave merge, parent, compress out")
         if not method.fewer and method.recover:
             raise ValueError(f"{field}.recover is true, but it merges nothing (merge: null); set one of the two")
     return _untrained(known, config["variants"]) if config["zero_shot"] else known
@@ -362,13 +361,15 @@ def _check_in_sequence(field: str, method: Method) -> None:
         raise ValueError(f"{field}.dropped is {method.dropped!r}, which takes a criterion; set one, or leave it out")
     if method.refit and not (method.criterion or method.merge):
         raise ValueError(f"{field}.refit is true, but no expert is left out or merged; set criterion or merge")
+    if method.refit_target != "layer" and not method.refit:
+        raise ValueError(f"{field}.refit_target is {method.refit_target!r}, and there is no refit; set refit: true")
     if method.in_sequence and method.merge == TASK_SPECIFIC:
         raise ValueError(
-            f"{field} is task-specific, which is trained and not reduced in sequence; leave refit and bits out"
+            f"{field} is task-specific, which trains and reduces nothing in sequence; leave refit, bits out"
         )
     if method.bits is not None and (method.recover or method.compress):
         raise ValueError(
-            f"{field}.bits is {method.bits}, and the method trains afterwards; leave recover and compress out"
+            f"{field}.bits is {method.bits}, and the method trains afterwards; leave recover, compress out"
         )
 
 

@@ -34,6 +34,7 @@ rule reduce:
                 "dropped",
                 "novice_rank",
                 "refit",
+                "refit_target",
                 "bits",
                 "merge",
                 "similarity",

@@ -148,6 +148,37 @@ def test_domains_are_weighed(place: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "both" / "domains.json").read_text())["weights"].keys() == {"a", "b"}
 
 
+def test_a_merge_weighs_domains_too(place: Path, tmp_path: Path) -> None:
+    both = ["--calibration", f"a={place / 'a.jsonl'}", "--calibration", f"b={place / 'b.jsonl'}"]
+    run("collect", place / "full", *both, "--out", tmp_path / "statistics")
+    given = ["merge", place / "full", "--experts", 3, "--method", "frequency", "--budget", "uniform"]
+    for domain, weights in (("a", "a=1,b=0"), ("b", "a=0,b=3")):
+        run(*given, "--statistics", tmp_path / "statistics", "--domains", weights, "--out", tmp_path / weights)
+        # Independent truth: the text of that domain alone.
+        run(*given, "--calibration", place / f"{domain}.jsonl", "--out", tmp_path / domain)
+        wanted = state(tmp_path / domain)
+        for name, tensor in state(tmp_path / weights).items():
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert any(not torch.equal(one, state(tmp_path / "b")[name]) for name, one in state(tmp_path / "a").items())
+    for method in ("frequency", "ream"):
+        out = tmp_path / f"worst-{method}"
+        run("merge", place / "full", "--experts", 3, "--method", method, *both, "--domains", "max-min", "--out", out)
+        page = json.loads((out / "domains.json").read_text())
+        assert max(page["errors"].values()) <= max(page["given"]["errors"].values())
+
+
+def test_a_merge_of_one_mixture_has_no_domains(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, out = tmp_path / "saved.safetensors", tmp_path / "out"
+    given = ["merge", place / "full", "--experts", 3, "--method", "frequency"]
+    run(*given, "--calibration", place / "a.jsonl", "--save-statistics", file, "--out", tmp_path / "first")
+    said = refused(caplog, *given, "--statistics", file, "--domains", "a=1", "--out", out)
+    assert "of which" in said
+    assert "says nothing" in said
+    said = refused(caplog, *given, "--calibration", place / "a.jsonl", "--domains", "b=1", "--out", out)
+    assert "--domains has no weight for 'a'" in said
+    assert not (tmp_path / ".out.statistics").exists()
+
+
 def test_what_cannot_be_chosen_is_refused(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run("collect", place / "full", "--calibration", place / "a.jsonl", "--out", tmp_path / "statistics")
     given = ["prune", place / "full", "--experts", 3, "--out", tmp_path / "out"]

@@ -43,6 +43,7 @@ def kill_after(blocks: int, patch: pytest.MonkeyPatch) -> None:
 WAYS = {
     "prune": ("prune", "--criterion", "gram"),
     "refit": ("prune", "--criterion", "gram", "--refit"),
+    "stream": ("prune", "--criterion", "gram", "--refit", "--refit-target", "stream"),
     "novices": ("prune", "--dropped", "affine", "--rank", "2"),
     "ream": ("merge", "--method", "ream"),
 }

@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="which examples and tokens are drawn")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--experts", type=int, required=True, help="experts to keep per layer, on average; 0 keeps all")
-    add_method(parser, ("criterion", "dropped", "novice_rank", "refit", "bits", "merge"))
+    add_method(parser, ("criterion", "dropped", "novice_rank", "refit", "refit_target", "bits", "merge"))
     add_method(parser, ("similarity", "grouping", "budget", "linkage", "alignment", "capacity"))
     parser.add_argument(
         "--mixture", type=json.loads, help='share of each domain in the calibration, JSON, or "max-min"; all alike'
@@ -68,7 +68,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     source = Streamed(arguments.model)
-    refitting = Refitting() if arguments.refit else None
+    refitting = Refitting(target=arguments.refit_target) if arguments.refit else None
     how: Pruning | Merging
     if arguments.merge is None:
         how = Pruning(arguments.criterion or "gram", arguments.dropped, arguments.novice_rank)
@@ -80,7 +80,7 @@ def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=".reduced-", dir=arguments.out.parent) as folder:
         settings = Options(device=pick(arguments.device), reservoir=arguments.reservoir, seed=arguments.seed)
         reduction = Reduction(how, refitting, seed=arguments.seed)
-        run = Unfinished(Path(folder), {}, settings.cache_memory, weights=True)
+        run = Unfinished(Path(folder), {}, settings.cache_memory, True, reduction.needs_whole)
         given = texts(source, arguments)
         if arguments.mixture == MAX_MIN:
             given = weighed(given, kept, arguments, settings, Path(folder) / "statistics")
@@ -93,7 +93,18 @@ def main(arguments: argparse.Namespace) -> None:
             if arguments.bits is not None and layer not in arguments.exclude_layers:
                 round_layer(here, arguments.bits)
 
-        names = ("experts", "criterion", "dropped", "novice_rank", "refit", "bits", "merge", "mixture", "seed")
+        names = (
+            "experts",
+            "criterion",
+            "dropped",
+            "novice_rank",
+            "refit",
+            "refit_target",
+            "bits",
+            "merge",
+            "mixture",
+            "seed",
+        )
         told = {name: getattr(arguments, name) for name in names}
         source.rewrite(arguments.out, change, {"stage": "reduce", "settings": told, **source.origin})
     write_table(arguments.groups, frame_of(rows, "groups"), "groups")

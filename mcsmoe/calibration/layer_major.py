@@ -10,16 +10,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mcsmoe.calibration.observe import Observation, observing
 from mcsmoe.calibration.passes import routing_inputs
 from mcsmoe.calibration.replay import Replay, stacks_of
 from mcsmoe.calibration.residency import Residency
 from mcsmoe.calibration.states import States
-from mcsmoe.calibration.streams import stream_square
+from mcsmoe.calibration.streams import stream_factor, stream_of, stream_square
 from mcsmoe.calibration.tokens import LayerTokens, StoredTokens
 from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.statistics.halves import Halves
@@ -81,6 +83,8 @@ class LayerMajor:
         states: what stands between blocks; restored ones with ``start`` go on where another pass ended.
         start: blocks that are behind, by their paths.
         done: sparse layers whose statistics are complete.
+        whole: what stands between the blocks of the model as it is, while layers are reduced one after another: tokens
+            then have as target what brings the residual stream behind the layer to that of the whole model.
     """
 
     def __init__(
@@ -91,11 +95,14 @@ class LayerMajor:
         options: Options,
         start: Sequence[str] = (),
         done: Sequence[LayerId] = (),
+        whole: States | None = None,
     ) -> None:
         self.source, self.batches, self.states, self.options = source, batches, states, options
+        self.whole = whole
         stacks = stacks_of(source.model, source.layers)
         self.replay = Replay(source.model, stacks, list(start))
         self.residency = Residency(source, [block for blocks in stacks.values() for block in blocks], options.device)
+        self._factors: dict[LayerId, float] = {}
         self._start, self._left = len(start), [layer for layer in source.layers if layer not in done]
         self._first_rows = [0]
         for batch in batches:
@@ -159,6 +166,7 @@ class LayerMajor:
             tokens = States(self.states.folder / "tokens", self.options.cache_memory) if sequential else None
             if tokens is not None:
                 stack.callback(tokens.close)
+            self._run_whole(number, path)
             found = self._collected(number, path, layers, tokens)
             if reduce is not None:
                 for layer in layers:
@@ -170,11 +178,46 @@ class LayerMajor:
                     self._keep(path, batch, self._output(number, batch))
         self._find_lasting(path)
         self.residency.forget(path)
-        self.states.turn()
+        for states in (self.states,) if self.whole is None else (self.states, self.whole):
+            states.turn()
         self._left = [layer for layer in self._left if layer not in layers]
         statistics = {layer: one.by_domain() for layer, one in found.items()}
         halves = {layer: one.halves for layer, one in found.items() if one.halves is not None}
         return Block(number, path, statistics, halves, time.monotonic() - started)
+
+    def _run_whole(self, number: int, path: str) -> None:
+        """The states of the whole model through a block that is still as it was."""
+        whole = self.whole
+        for batch in range(len(self.batches)) if whole is not None else ():
+            assert whole is not None
+            saved = partial(self._of_whole, batch)
+            whole.put((self.replay.stack_of[path], batch), self.replay.block(number, self.inputs(batch), saved))
+
+    def _of_whole(self, batch: int, name: str) -> Any:
+        assert self.whole is not None
+        return self.whole.get((name, batch), self.options.device)
+
+    def _missing(
+        self, number: int, layers: Sequence[LayerId], batch: int, output: Any, size: torch.Size
+    ) -> Tensor | None:
+        """[T, D]: what a layer must give more for the stream behind it to be that of the whole model; None without one."""
+        if self.whole is None:
+            return None
+        layer = layers[0]
+        if self.replay.lasting or len(layers) > 1:
+            raise ValueError(
+                f"layer {layer!r}: its block holds several such layers, or is read by more than the next block, so there is no "
+                "one stream to refit towards; refit towards the layer"
+            )
+        if layer not in self._factors:
+            # Experts read the same again, so that what is observed of them stays as it is.
+            module = self.source.model.get_submodule(layer)
+            self._factors[layer] = stream_factor(layer, module, lambda: self._output(number, batch), *size)
+        there = self._of_whole(batch, self.replay.stack_of[self.replay.order[number]])
+        here_TD, there_TD = stream_of(output, *size), stream_of(there, *size)
+        assert here_TD is not None
+        assert there_TD is not None
+        return (there_TD.float() - here_TD.float()) / self._factors[layer]
 
     def _find_lasting(self, path: str) -> None:
         """After the first block of a stack: what its blocks give that is needed for longer, which this one may give too."""
@@ -206,9 +249,12 @@ class LayerMajor:
                             f"layer {layer!r} is never called on these rows, so it can have no statistics; a model with "
                             "experts for other inputs than text cannot be calibrated on text"
                         )
-                    rows = given.inputs["input_ids"].shape[0]
+                    rows, routed = given.inputs["input_ids"].shape[0], captured.batches[layer]
+                    missing_TD = None
+                    if tokens is not None:
+                        missing_TD = self._missing(number, layers, batch, output, routed.inputs_TD.shape)
                     try:
-                        found[layer].take(given.domain, captured.batches[layer], output, rows, self._first_rows[batch])
+                        found[layer].take(given.domain, routed, output, rows, self._first_rows[batch], missing_TD)
                     except NotFinite as error:
                         raise ValueError(f"{error}{self._spoilt(layer)}") from error
                 if tokens is None:
@@ -243,7 +289,9 @@ class _Collected:
         self.domains: dict[str, RoutingStatistics] = {}
         self.halves: Halves | None = None
 
-    def take(self, domain: str, batch: RoutedBatch, output: Any, rows: int, first_row: int) -> None:
+    def take(
+        self, domain: str, batch: RoutedBatch, output: Any, rows: int, first_row: int, missing_TD: Tensor | None = None
+    ) -> None:
         """Take in a batch of ``rows`` rows; ``output`` is what the block gave."""
         if domain not in self.domains:
             start = {self.layer: len(self.domains) * DOMAIN_STRIDE}
@@ -262,7 +310,7 @@ class _Collected:
         row_T = first_row + torch.arange(count, device=batch.inputs_TD.device) // max(1, count // rows)
         self.halves.take(batch, outputs, row_T)
         if self.tokens is not None:
-            self.tokens.add(batch, outputs, row_T)
+            self.tokens.add(batch, outputs, row_T, missing_TD)
 
     def by_domain(self) -> dict[str, LayerStatistics]:
         """Statistics by domain."""

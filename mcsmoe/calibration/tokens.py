@@ -28,7 +28,9 @@ class LayerBatch:
     inputs_TD: Tensor  # what the router sees, and the experts, where nothing scales it for them
     index_TK: Tensor  # int64, the experts that computed the token; -1 for none
     weights_TK: Tensor  # what their outputs were multiplied with
-    target_TD: Tensor  # sum of the weighted outputs; shared experts apart
+    target_TD: (
+        Tensor  # sum of the weighted outputs, shared experts apart; towards the stream, what is to be there for it
+    )
     held_out: bool  # for judging alone
     scale_TK: Tensor | None = None  # what a chosen expert's input is multiplied by before it reads it; None: 1
 
@@ -69,11 +71,18 @@ class StoredTokens:
         self.states, self.device, self.name = states, device, name
         self.count = 0
 
-    def add(self, batch: RoutedBatch, outputs: ChosenOutputs, row_T: Tensor) -> None:
-        """Take in a batch; ``row_T`` is the number of each token's calibration row."""
+    def add(self, batch: RoutedBatch, outputs: ChosenOutputs, row_T: Tensor, missing_TD: Tensor | None = None) -> None:
+        """Take in a batch.
+
+        Args:
+            row_T: number of each token's calibration row.
+            missing_TD: what the layer has to give more than it did.
+        """
         computed_TK = batch.chosen_TK >= 0
         gated_TKD = outputs.outputs_TKD.float() * outputs.weights_TK[:, :, None].float()
         target_TD = torch.where(computed_TK[:, :, None], gated_TKD, 0.0).sum(dim=1)
+        if missing_TD is not None:
+            target_TD = target_TD + missing_TD.to(target_TD)
         held_T = row_T % _HELD_OUT == _HELD_OUT - 1
         for held_out in (False, True):
             keep = batch.valid_T & (held_T == held_out)

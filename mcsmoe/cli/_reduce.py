@@ -22,6 +22,7 @@ from mcsmoe.checkpoint.quantised.settings import settings_of
 from mcsmoe.checkpoint.slicing import leave_experts
 from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.cli._beside import forget_beside
+from mcsmoe.cli._blend import max_min_weights
 from mcsmoe.cli._calibrated import Calibrated
 from mcsmoe.cli._outputs import EXPERTS, GROUPS, say_size
 from mcsmoe.cli.options import pass_options
@@ -31,15 +32,11 @@ from mcsmoe.criteria.scores import CriterionInputs, super_experts
 from mcsmoe.export.packed import Packing, pack_folder
 from mcsmoe.methods import MAX_MIN
 from mcsmoe.transform.budget import SPREADS
-from mcsmoe.transform.domains import mixed
 from mcsmoe.transform.in_sequence import Shelf, Texts, reduced_in_sequence
 from mcsmoe.transform.layers import SparseLayer
 from mcsmoe.transform.reduce import Reduced, Reduction
 from mcsmoe.transform.unfinished import unfinished
 from mcsmoe.types import Grouping, LayerId
-
-DOMAINS = "domains.json"
-"""How ``max-min`` weighs the domains, and the error predicted for each."""
 
 
 def kept_number(arguments: argparse.Namespace, experts: Mapping[LayerId, int], sets: Mapping[LayerId, int]) -> int:
@@ -277,8 +274,8 @@ def reduce_checkpoint(
     else:
         settings, texts = pass_options(arguments), calibrated.texts()
         request = _request(source, texts, reduction, counts, settings)
-        keeps = not reduction.selects
-        with unfinished(arguments.out, request, settings.cache_memory, keeps, arguments.overwrite) as run:
+        kept_states = (settings.cache_memory, not reduction.selects, arguments.overwrite, reduction.needs_whole)
+        with unfinished(arguments.out, request, *kept_states) as run:
             for layer, reduced in reduced_in_sequence(source.folder, texts, reduction, counts, settings, run):
                 note(layer, reduced.grouping, reduced.share_E)
             write(run.get)
@@ -342,9 +339,10 @@ def mix(
     """
     if getattr(calibrated.arguments, "domains", None) != MAX_MIN:
         return {}
-    given, found = mixed(calibrated.by_domain, counts, criterion, limits, calibrated.weights, calibrated.arguments.seed)
-    calibrated.weights = found.weights
-    return {DOMAINS: {"weights": found.weights, "errors": found.errors, "given": vars(given)}}
+    calibrated.weights, pages = max_min_weights(
+        calibrated.by_domain, counts, criterion, limits, calibrated.weights, calibrated.arguments.seed
+    )
+    return pages
 
 
 @contextlib.contextmanager

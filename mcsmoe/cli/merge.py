@@ -19,8 +19,7 @@ statistics all rows go through one block of the model after another (--statistic
 Nothing is trained: the workflow recovers what merging loses.
 """
 EXAMPLE = "mcsmoe merge full --calibration train.jsonl --experts 8 --out merged"
-_SETTINGS = ("experts", "similarity", "grouping", "budget", "alignment", "method", "seed")
-
+_SETTINGS = ("experts", "similarity", "grouping", "budget", "alignment", "method", "domains", "seed")
 
 _FIELDS = ("similarity", "grouping", "budget", "alignment", "linkage", "capacity")
 
@@ -32,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_out(parser)
     options.add_prediction(parser)
     options.add_statistics(parser)
+    options.add_blend(parser)
     group = parser.add_argument_group("method")
     add_method(group, _FIELDS, start="msmoe")
     names = [*MERGES, *(name for name in PRESETS if name not in MERGES), *(f"{name}{REFIT}" for name in PRESETS)]
@@ -107,6 +107,7 @@ def in_sequence(arguments: argparse.Namespace) -> bool:
 def _reduce(arguments: argparse.Namespace) -> None:
     from mcsmoe.checkpoint.streaming import Streamed
     from mcsmoe.cli import _reduce
+    from mcsmoe.cli._blend import MIXED_BY
     from mcsmoe.cli._calibrated import Calibrated
     from mcsmoe.cli._outputs import say_engines
     from mcsmoe.transform.reduce import Merging, Reduction
@@ -123,17 +124,22 @@ def _reduce(arguments: argparse.Namespace) -> None:
     counts = _reduce.counts(calibrated, drops)
     if drops:
         say_engines(source, counts.values())
-    settings = {name: getattr(arguments, name) for name in (*_SETTINGS, "refit", "ridge", "bits", "group_size")}
+    settings = {
+        name: getattr(arguments, name) for name in (*_SETTINGS, "refit", "ridge", "refit_target", "bits", "group_size")
+    }
     provenance = {"stage": "merge", "tool": "mcsmoe merge", "settings": settings, **source.origin}
     reduction = Reduction(merging, refitting, seed=arguments.seed)
-    _reduce.reduce_checkpoint(calibrated, reduction, counts, provenance, packing=packing)
+    pages = _reduce.mix(calibrated, counts, MIXED_BY, {})
+    _reduce.reduce_checkpoint(calibrated, reduction, counts, provenance, pages=pages, packing=packing)
 
 
 def _merge(arguments: argparse.Namespace) -> None:
+    from mcsmoe.artefacts.atomic import write_json
     from mcsmoe.artefacts.tables import write_table
     from mcsmoe.calibration.evidence import Evidence
     from mcsmoe.checkpoint.streaming import Streamed
     from mcsmoe.cli._beside import forget_beside
+    from mcsmoe.cli._blend import check_weights, weighed
     from mcsmoe.cli._calibration import statistics
     from mcsmoe.cli._outputs import GROUPS, say_size
     from mcsmoe.transform.align import Aligner, AlignmentSettings
@@ -149,16 +155,24 @@ def _merge(arguments: argparse.Namespace) -> None:
     grouping.check(CheckpointLayers(source))
     if source.compact:
         raise ValueError(f"{source.folder}: is compressed already; merge first, then compress")
-    evidence = Evidence(statistics(source, arguments), {}, {})
+    check_weights(arguments)
+    found, pages = weighed(statistics(source, arguments), dict.fromkeys(source.layers, arguments.experts), arguments)
+    evidence = Evidence(found, {}, {})
     merging.check(evidence)
     align = Aligner(record(AlignmentSettings, arguments), evidence.routing)
     groups = group_layers(CheckpointLayers(source), grouping, evidence, align)
     frame = groups_frame(groups.groupings, grouping, evidence)
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
+
+    def extra(folder: Path) -> None:
+        write_table(folder / GROUPS, frame, "groups")
+        for name, page in pages.items():
+            write_json(folder / name, page)
+
     output = Output(
         arguments.out,
         {"stage": "merge", "tool": "mcsmoe merge", "settings": settings, **source.origin},
-        extra=lambda folder: write_table(folder / GROUPS, frame, "groups"),
+        extra=extra,
     )
     merge_layers(CheckpointLayers(source, output), groups.groupings, merging, evidence, align)
     forget_beside(arguments.out)

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mcsmoe.workflow.method_options import add_method
+
 if TYPE_CHECKING:
     from mcsmoe.calibration.layer_major import Options
 
@@ -61,6 +63,15 @@ def add_domains(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("calibration")
     add_domain_files(group)
     group.add_argument("--statistics", type=Path, metavar="PATH", help="statistics collected or saved before, instead")
+
+
+def add_blend(parser: argparse._ActionsContainer) -> None:
+    """How much each domain counts."""
+    parser.add_argument(
+        "--domains",
+        metavar="WEIGHTS",
+        help="shares of the domains in what is decided: A=.5,B=.5, or max-min (the worst domain suffers least)",
+    )
 
 
 def add_domain_files(group: argparse._ActionsContainer, required: bool = False) -> None:
@@ -147,6 +158,7 @@ def add_refit(group: argparse._ActionsContainer) -> None:
         help="of the refit, over the mean diagonal of an expert's Gram matrix; held-out tokens choose one for each layer "
         "if none is given",
     )
+    add_method(group, ("refit_target",))
 
 
 def add_packing(group: argparse._ActionsContainer) -> None:
@@ -164,7 +176,7 @@ def add_packing(group: argparse._ActionsContainer) -> None:
 
 def refitting(arguments: argparse.Namespace) -> Any:
     """The refit that was asked for, or None."""
-    from mcsmoe.transform.refit import Refitting
+    from mcsmoe.transform.refit import LAYER, Refitting
 
     if arguments.ridge is not None and not arguments.ridge > 0:
         raise ValueError(f"--ridge is {arguments.ridge}; give a number above 0")
@@ -172,7 +184,12 @@ def refitting(arguments: argparse.Namespace) -> Any:
         raise ValueError("--refit solves on tokens: give --calibration FILE, not --statistics alone")
     if arguments.ridge is not None and not arguments.refit:
         raise ValueError("--ridge is of the refit, which is not asked for; give --refit too")
-    return (Refitting() if arguments.ridge is None else Refitting((arguments.ridge,))) if arguments.refit else None
+    target = arguments.refit_target
+    if not arguments.refit:
+        if target != LAYER:
+            raise ValueError(f"--refit-target {target} is of the refit, which is not asked for; give --refit too")
+        return None
+    return Refitting(target=target) if arguments.ridge is None else Refitting((arguments.ridge,), target=target)
 
 
 def add_excluded(parser: argparse._ActionsContainer) -> None:

@@ -23,7 +23,7 @@ EXAMPLE = "mcsmoe prune full --calibration text.jsonl --experts 8 --criterion gr
 
 _SETTINGS = (
     *("experts", "remove", "target_size", "criterion", "dropped", "rank", "budget", "domains"),
-    *("refit", "ridge", "bits", "group_size", "seed"),
+    *("refit", "ridge", "refit_target", "bits", "group_size", "seed"),
 )
 
 
@@ -41,11 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_prediction(parser)
     options.add_domains(parser)
     options.add_pass(parser)
-    parser.add_argument(
-        "--domains",
-        metavar="WEIGHTS",
-        help="shares of the domains in what criteria and budgets see: A=.5,B=.5, or max-min (the worst domain suffers least)",
-    )
+    options.add_blend(parser)
     group = parser.add_argument_group("method")
     group.add_argument(
         "--criterion",

@@ -107,7 +107,8 @@ def reduced_in_sequence(
     for layer in run.layers:
         yield layer, run.get(layer)
     done: list[tuple[LayerId, Reduced]] = []
-    major = LayerMajor(Streamed(folder), texts.batches, run.states, options, start=run.order, done=run.layers)
+    source = Streamed(folder)
+    major = LayerMajor(source, texts.batches, run.states, options, start=run.order, done=run.layers, whole=run.whole)
     with major.open():
         for block in major.blocks(_reducing(major, texts, reduction, counts, done)):
             run.commit(block.path, dict(done))
@@ -126,7 +127,7 @@ def trial(
     """A whole model reduced in sequence, and what it loses on the rows that are held out; None: the model as it is."""
     shelf = Shelf(work / "layers")
     done: list[tuple[LayerId, Reduced]] = []
-    with _opened(folder, texts, options, work) as major:
+    with _opened(folder, texts, options, work, reduction is not None and reduction.needs_whole) as major:
         change = None if reduction is None else _reducing(major, texts, reduction, counts, done)
         for _ in major.blocks(change, to_the_end=True):
             while done:
@@ -137,15 +138,18 @@ def trial(
 
 
 @contextmanager
-def _opened(folder: Path, texts: Texts, options: Options, work: Path) -> Iterator[LayerMajor]:
+def _opened(folder: Path, texts: Texts, options: Options, work: Path, needs_whole: bool) -> Iterator[LayerMajor]:
     # A copy of its own: the layers of another one stay as the files say, for what is written.
     states = States(work / "states", options.cache_memory)
+    whole = States(work / "whole", options.cache_memory) if needs_whole else None
     try:
-        major = LayerMajor(Streamed(folder), texts.batches, states, options)
+        major = LayerMajor(Streamed(folder), texts.batches, states, options, whole=whole)
         with major.open():
             yield major
     finally:
         states.close()
+        if whole is not None:
+            whole.close()
 
 
 def _reducing(

@@ -27,7 +27,7 @@ from mcsmoe.transform.layers import SparseLayer
 from mcsmoe.transform.merge import MergeSettings, merge_experts
 from mcsmoe.transform.merge_on_tokens import ON_TOKENS, beside
 from mcsmoe.transform.novices import fit_novices, remainder_sums
-from mcsmoe.transform.refit import RefitReport, Refitting, refit_layer
+from mcsmoe.transform.refit import STREAM, RefitReport, Refitting, refit_layer
 from mcsmoe.transform.shared import shared_weight
 from mcsmoe.types import ExpertWeights, Grouping, LayerId, Novices
 
@@ -127,6 +127,11 @@ class Reduction:
     def selects(self) -> bool:
         """Whether experts that stay do so exactly as they are, and nothing answers for the others."""
         return isinstance(self.how, Pruning) and self.how.dropped == "delete" and self.refitting is None
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether the states of the whole model are needed beside those of the reduced one."""
+        return self.refitting is not None and self.refitting.target == STREAM
 
     @torch.no_grad()
     def selection(self, layer: SparseLayer, statistics: LayerStatistics, kept: int) -> Grouping:

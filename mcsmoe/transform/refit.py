@@ -10,11 +10,14 @@ from torch import Tensor
 
 from mcsmoe.calibration.tokens import LayerTokens
 from mcsmoe.console import log
+from mcsmoe.methods import require_known
 from mcsmoe.refit.ridge import RIDGES, SWEEPS, Block, RefitBatch, refit
 from mcsmoe.similarity.tokens import hidden
 from mcsmoe.transform.layers import SparseLayer
 from mcsmoe.transform.shared import Probe, probe, shared_projection, shared_weight
 from mcsmoe.types import ExpertActivation, ExpertWeights, Novices, Role
+
+TARGETS = (LAYER, STREAM) = ("layer", "stream")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,12 @@ class Refitting:
 
     ridges: tuple[float, ...] = RIDGES
     sweeps: int = SWEEPS
+    target: str = LAYER
+    """What a layer is to give: what it ``layer`` gave for the same input, or what makes the residual ``stream`` behind it that
+    of the whole model."""
+
+    def __post_init__(self) -> None:
+        require_known("refit_target", self.target, TARGETS)
 
 
 @dataclass(frozen=True)

@@ -37,15 +37,19 @@ class Unfinished:
         request: all that the result depends on, as plain values; a run of another request is not gone on with.
         memory: bytes of hidden states that may be held in memory.
         weights: whether the weights of reduced layers are kept; not needed where experts stay as they are.
+        needs_whole: whether states of the whole model are kept beside those of the reduced one.
 
     Raises:
         ValueError: a run of another request was stopped there, or its files are damaged; names the folder.
     """
 
-    def __init__(self, folder: Path, request: Mapping[str, Any], memory: int, weights: bool) -> None:
+    def __init__(
+        self, folder: Path, request: Mapping[str, Any], memory: int, weights: bool, needs_whole: bool = False
+    ) -> None:
         self.folder, self.weights = folder, weights
         self.request = json.loads(json.dumps(request))
         self.states = States(folder / "states", memory, durable=True)
+        self.whole = States(folder / "whole", memory, durable=True) if needs_whole else None
         self.order: list[str] = []
         self._files: dict[LayerId, str] = {}
         self._resume()
@@ -62,7 +66,7 @@ class Unfinished:
         try:
             found = json.loads(file.read_text())
             before, self.order, self._files = found["request"], found["order"], dict(found["layers"])
-            states = found["states"]
+            states, whole = found["states"], found["whole"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: damaged ({error}); delete {self.folder} and run again") from error
         for name in self.request:
@@ -72,6 +76,8 @@ class Unfinished:
                     "delete the folder (--overwrite does)"
                 )
         self.states.restore(states)
+        if self.whole is not None:
+            self.whole.restore(whole)
         log.info("%s: going on after %d blocks and %d sparse layers", self.folder, len(self.order), len(self._files))
 
     def commit(self, block: str, reduced: Mapping[LayerId, Reduced]) -> None:
@@ -83,7 +89,8 @@ class Unfinished:
             _save(self.folder / name, one, self.weights)
             self._files[layer] = name
         progress = {"request": self.request, "order": self.order, "layers": list(self._files.items())}
-        write_json(self.folder / _PROGRESS, progress | {"states": self.states.manifest()})
+        whole = None if self.whole is None else self.whole.manifest()
+        write_json(self.folder / _PROGRESS, progress | {"states": self.states.manifest(), "whole": whole})
 
     def get(self, layer: LayerId) -> Reduced:
         """A layer that was reduced; without its weights where they are not kept."""
@@ -91,13 +98,15 @@ class Unfinished:
 
     def close(self) -> None:
         """The result is complete: nothing of it is needed any more."""
-        self.states.close()
+        for states in (self.states, self.whole):
+            if states is not None:
+                states.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextmanager
 def unfinished(
-    out: Path, request: Mapping[str, Any], memory: int, weights: bool, overwrite: bool
+    out: Path, request: Mapping[str, Any], memory: int, weights: bool, overwrite: bool, needs_whole: bool = False
 ) -> Iterator[Unfinished]:
     """What there is of ``out`` so far, beside it; gone when the context ends well, and kept when it does not.
 
@@ -109,12 +118,12 @@ def unfinished(
     """
     folder = out.resolve().with_name(f"{out.name}.partial")
     try:
-        run = Unfinished(folder, request, memory, weights)
+        run = Unfinished(folder, request, memory, weights, needs_whole)
     except ValueError:
         if not overwrite:
             raise
         shutil.rmtree(folder, ignore_errors=True)
-        run = Unfinished(folder, request, memory, weights)
+        run = Unfinished(folder, request, memory, weights, needs_whole)
     yield run
     run.close()
 

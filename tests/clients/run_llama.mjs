@@ -1,4 +1,5 @@
 // llama.cpp through its bindings for node: node run_llama.mjs ORDER OUT FILES (a folder of NAME.gguf).
+// For ORDER's rows (token ids), where it has any, OUT gets the log-probabilities of all tokens after each token of a row.
 import fs from "node:fs";
 import path from "node:path";
 import {getLlama} from "node-llama-cpp";
@@ -37,6 +38,16 @@ for (const name of Object.keys(order.folders)) {
             }
             result.tokens.push(tokens);
             result.logprobs.push(logprobs);
+        }
+        if (order.rows) result.rows = [];
+        for (const row of order.rows ?? []) {
+            await sequence.clearHistory();
+            const asked = row.map((token) => [token, {generateNext: {token: true, probabilities: true}}]);
+            result.rows.push((await sequence.controlledEvaluate(asked)).map(({next}) => {
+                const logs = new Array(next.probabilities.size);
+                for (const [token, probability] of next.probabilities) logs[token] = Math.log(probability);
+                return logs;
+            }));
         }
         await context.dispose();
         await model.dispose();

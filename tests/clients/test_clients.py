@@ -2,7 +2,7 @@
 
 On request, since each client is installed in an environment of its own (see ``installed.py``). A client is first given the
 published model itself: what it cannot read there is its own failure, and said so. ``MCSMOE_CLIENTS_RECORD=1`` writes what
-was found into docs/clients.json, of which docs/clients.md is made.
+the run found, and nothing of earlier ones, into docs/clients.json, of which docs/clients.md is made.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import hub_layout
 import installed
 import pytest
 import torch
+from vllm_server import served
 
 import mcsmoe
 from mcsmoe.checkpoint.format import is_compact
@@ -44,6 +46,10 @@ def folders(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
         for family in FAMILIES:
             for number in FORMATS:
                 _forms(place / family / number, family, number)
+        wide = place / "wide" / "float32"
+        hub_layout.write(wide / "published", "qwen3_moe", gain=1.0, **hub_layout.WIDE)
+        fewer = ("--calibration", hub_layout.rows(wide / "rows.jsonl"), "--experts", 12, "--out", wide / "pruned")
+        cli.main([str(word) for word in ("prune", wide / "published", *fewer)])
 
     return made_once("clients", make)
 
@@ -87,10 +93,10 @@ def truth(folders: Path) -> Callable[[str], dict[str, Any]]:
     return of
 
 
-def order(folders: Path, names: list[str], file: Path) -> Path:
+def order(folders: Path, names: list[str], file: Path, **more: Any) -> Path:
     """What a client's script is to run."""
     asked = {"folders": {name: str(folders / name) for name in names}, "prompts": hub_layout.prompts()}
-    file.write_text(json.dumps(asked | {"tokens": TOKENS, "dtype": "float32"}))
+    file.write_text(json.dumps(asked | {"tokens": TOKENS, "dtype": "float32"} | more))
     return file
 
 
@@ -109,23 +115,30 @@ def by_script(script: str, environment: installed.Environment) -> Callable[[Path
     return run
 
 
-def by_llama(kind: str) -> Callable[[Path, Path], None]:
-    def run(asked: Path, out: Path) -> None:
-        files = out.with_suffix("")
-        files.mkdir()
-        python, source, node = installed.TRANSFORMERS.require(), installed.converter(), installed.node()
-        started(python, HERE / "convert_gguf.py", source, asked, files, kind)
-        script = node / "run_llama.mjs"  # node looks for its packages beside the script
-        script.write_text((HERE / "run_llama.mjs").read_text())
-        started("node", script, asked, out, files, cwd=node)
+def by_llama(asked: Path, out: Path) -> None:
+    files = out.with_suffix("")
+    converted(asked, files)
+    played(asked, out, files)
 
-    return run
+
+def converted(asked: Path, files: Path) -> None:
+    """GGUF files in float32, by llama.cpp's converter."""
+    files.mkdir()
+    started(installed.TRANSFORMERS.require(), HERE / "convert_gguf.py", installed.converter(), asked, files, "f32")
+
+
+def played(asked: Path, out: Path, files: Path) -> None:
+    """What llama.cpp makes of GGUF files."""
+    node = installed.node()
+    script = node / "run_llama.mjs"  # node looks for its packages beside the script
+    script.write_text((HERE / "run_llama.mjs").read_text())
+    started("node", script, asked, out, files, cwd=node)
 
 
 CLIENTS: dict[str, Callable[[Path, Path], None]] = {
     "transformers 4.57.6": by_script("run_transformers.py", installed.TRANSFORMERS),
     "mlx-lm 0.32.0": by_script("run_mlx.py", installed.MLX),
-    "llama.cpp 0.5.0": by_llama("f32"),
+    "llama.cpp 0.5.0": by_llama,
     "vLLM 0.32.0": by_script("run_vllm.py", installed.VLLM),
 }
 NAMES = [f"{family}/{number}/{form}" for family in FAMILIES for number in FORMATS for form in FORMS]
@@ -148,14 +161,11 @@ def found(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 @pytest.fixture(scope="module")
 def record() -> Iterator[dict[str, dict[str, str]]]:
-    """What holds, by client and name; written at the end where that is asked for."""
+    """What holds, by client and name; at the end it replaces the record, where that is asked for."""
     made: dict[str, dict[str, str]] = {}
     yield made
     if os.environ.get("MCSMOE_CLIENTS_RECORD"):
-        before = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-        for client, results in made.items():
-            before.setdefault(client, {}).update(results)
-        RECORD.write_text(json.dumps(before, indent=1, sort_keys=True) + "\n")
+        RECORD.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n")
 
 
 def difference(result: dict[str, Any], expected: dict[str, Any]) -> float:
@@ -193,12 +203,13 @@ def test_clients_give_the_tokens_and_probabilities(
 
 
 TOKENS_ALONE = "the same tokens, but log-probabilities"
+SAID = 140  # letters of a client's own words that are recorded
 
 
 def _wrong(result: dict[str, Any], expected: dict[str, Any]) -> str:
     """What a client does otherwise than expected; empty where nothing."""
     if "error" in result:
-        return str(result["error"])
+        return textwrap.shorten(result["error"], SAID, placeholder=" ...")
     if result["dtype"] not in (None, expected["dtype"]):
         return f"takes {result['dtype']} for {expected['dtype']}"
     apart = difference(result, expected)
@@ -238,6 +249,77 @@ def test_the_plugin_serves_merged_checkpoints_as_they_are_stored(
             stored = sum(file.get_tensor(key).nbytes for key in experts)
         assert results[name]["expert_bytes"] == stored
     assert not problems
+
+
+@pytest.mark.parametrize("form", ["pruned", "merged"])
+def test_the_server_starts_by_its_command_and_answers(
+    form: str, folders: Path, truth: Callable[[str], dict[str, Any]], tmp_path: Path, record: dict[str, dict[str, str]]
+) -> None:
+    """``vllm serve FOLDER``, as docs/serving.md has it, asked over HTTP; in float32, since answers in half are rounded."""
+    command = installed.vllm_command()
+    installed.plugin()
+    name = f"qwen3_moe/float32/{form}"
+    expected = truth(name)
+    words = (command, "serve", folders / name, "--served-model-name", form, "--dtype", "float32")
+    with served(*words, log=tmp_path / "server.log") as asked:
+        settings = {"model": form, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        settings |= {"logprobs": 0, "return_token_ids": True}
+        answers = [asked(settings | {"prompt": ids})["choices"][0] for ids in hub_layout.prompts()]
+    parts = [{"tokens": one["token_ids"], "logprobs": one["logprobs"]["token_logprobs"]} for one in answers]
+    assert not _wrong(greedy.together(parts, None), expected)
+    record.setdefault("vLLM 0.32.0", {})[f"`vllm serve` of a {form} Qwen3-MoE"] = (
+        "the same tokens and log-probabilities"
+    )
+
+
+WIDE = ("wide/float32/published", "wide/float32/pruned")
+
+
+def test_k_quants_cost_a_pruned_model_no_more_than_the_published_one(
+    folders: Path, truth: Callable[[str], dict[str, Any]], tmp_path: Path, record: dict[str, dict[str, str]]
+) -> None:
+    """A quantiser rounds each row by itself: experts that were kept have the bytes that they have in the whole model.
+
+    The distance of two models is the mean divergence of their distributions of the next token over held-out rows, and that of a
+    model and its quantised self may not be larger for the pruned than for the published one (by more than two standard errors).
+    """
+    rows = hub_layout.rows(tmp_path / "held-out.jsonl", 48, seed=13).read_text().splitlines()
+    asked = order(folders, list(WIDE), tmp_path / "order.json", rows=[json.loads(row)["input_ids"] for row in rows])
+    plain, python, libraries = tmp_path / "plain", installed.TRANSFORMERS.require(), installed.libraries()
+    converted(asked, plain)
+    found, stored = {}, {}
+    for kind in ("F32", "Q8_0", "Q4_K_M"):
+        files = tmp_path / kind
+        files.mkdir()
+        (files / "errors.json").write_text((plain / "errors.json").read_text())
+        for name in WIDE:
+            file = name.replace("/", "-")
+            started(python, HERE / "quantise_gguf.py", libraries, plain / file, files / file, kind)
+            stored[kind, name] = json.loads((files / f"{file}.json").read_text())
+        played(asked, tmp_path / f"{kind}.json", files)
+        found[kind] = json.loads((tmp_path / f"{kind}.json").read_text())
+    assert not any(_wrong(found["F32"][name], truth(name)) for name in WIDE)
+    for kind, types in (("Q8_0", {"F32", "Q8_0"}), ("Q4_K_M", {"F32", "Q4_K", "Q6_K"})):
+        whole, fewer = (stored[kind, name] for name in WIDE)
+        plain_whole, plain_fewer = (stored["F32", name] for name in WIDE)
+        for tensor, told in fewer.items():
+            assert told["type"] == whole[tensor]["type"]
+            assert told["type"] in types
+            places = [plain_whole[tensor]["digests"].index(digest) for digest in plain_fewer[tensor]["digests"]]
+            assert told["digests"] == [whole[tensor]["digests"][place] for place in places]
+        (apart, error), (apart_fewer, error_fewer) = (_apart(found["F32"][name], found[kind][name]) for name in WIDE)
+        assert apart_fewer - apart < 2 * (error**2 + error_fewer**2) ** 0.5
+        said = f"rounding costs {apart_fewer:.2g} nats a token (the published model {apart:.2g}); kept experts have the same bytes"
+        record.setdefault("llama.cpp 0.5.0", {})[f"{kind} of a pruned Qwen3-MoE"] = said
+    moved, _ = _apart(found["F32"][WIDE[0]], found["F32"][WIDE[1]])
+    assert moved > apart_fewer, "the specimen is one in which experts matter"
+
+
+def _apart(model: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """Mean divergence of the second's distributions from the first's, and its standard error over rows."""
+    first, second = (torch.tensor(one["rows"], dtype=torch.float64) for one in (model, other))
+    by_row = (first.exp() * (first - second)).sum(-1).mean(-1)
+    return float(by_row.mean()), float(by_row.std() / len(by_row) ** 0.5)
 
 
 def test_quantisers_take_stock_results_and_are_read_back(
