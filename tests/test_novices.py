@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from torch import Tensor
 
 import mcsmoe
 from mcsmoe.adapters.registry import adapter_for
+from mcsmoe.calibration.tokens import LayerBatch
 from mcsmoe.checkpoint.streaming import Streamed
 from mcsmoe.compress.novices import fit_affine, fit_constant
 from mcsmoe.export.forms import dense
+from mcsmoe.transform.novices import fit_novices, fit_ranks
 from mcsmoe.types import Novices
 from tests.tiny_models import DECODERS
 
@@ -122,3 +126,22 @@ def test_a_model_with_novices_is_saved_and_loaded_as_it_runs(family: str, rank: 
         assert torch.allclose(streamed(input_ids=ids).logits, logits, atol=1e-6)
     with pytest.raises(ValueError, match="has novices, which the base architecture has no place for"):
         dense(source, tmp_path / "dense")
+
+
+def test_a_regression_cut_to_several_ranks_is_each_of_them() -> None:
+    torch.manual_seed(0)
+    model = tiny_models.model("qwen3_moe")
+    adapter = adapter_for(model)
+    layer = adapter.layers(model)[0]
+    weights, activation = adapter.read_experts(model, layer), adapter.activation(model, layer)
+    draw = torch.Generator().manual_seed(1)
+    inputs_TD = torch.randn(200, 16, generator=draw)
+    index_TK = torch.rand(200, 6, generator=draw).argsort(dim=1)[:, :3]
+    batch = LayerBatch(inputs_TD, index_TK, torch.rand(200, 3, generator=draw), inputs_TD, False)
+    tokens = SimpleNamespace(batches=lambda: iter([batch]))
+    together = fit_ranks(weights, activation, tokens, [0, 2, 7])
+    for rank, novices in together.items():
+        alone = fit_novices(weights, activation, tokens, rank)
+        for expert in range(6):
+            wanted = alone.output(expert, inputs_TD)
+            torch.testing.assert_close(novices.output(expert, inputs_TD), wanted, rtol=1e-4, atol=1e-5)

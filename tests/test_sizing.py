@@ -14,11 +14,16 @@ import mcsmoe
 from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.artefacts.tensors import TensorFolder
 from mcsmoe.calibration.files import load_statistics
+from mcsmoe.calibration.layer_major import DomainBatch, Options
 from mcsmoe.checkpoint.streaming import Streamed
+from mcsmoe.compress.novices import fit_affine
 from mcsmoe.compress.quantise import dequantise, quantise
+from mcsmoe.transform.in_sequence import Texts
 from mcsmoe.transform.layers import ModelLayers, SparseLayer
+from mcsmoe.transform.novices import expert_outputs
 from mcsmoe.transform.on_disk import CheckpointLayers
 from mcsmoe.transform.sizing import Sizes, rounding_errors
+from mcsmoe.transform.sizing_novices import CONSTANT, remainders
 
 WIDE = {"hidden_size": 32, "moe_intermediate_size": 64, "num_experts": 6, "num_experts_per_tok": 2}
 
@@ -105,10 +110,83 @@ def test_what_has_no_size_is_refused(place: Path, tmp_path: Path, caplog: pytest
     given = ["prune", place / "full", "--statistics", place / "statistics", "--out", tmp_path / "out"]
     for words, message in (
         (["--target-size", "1GB", "--experts", 3], "leave out --experts and --remove"),
-        (["--target-size", "1GB", "--dropped", "redirect"], "--dropped redirect does not, leave it out"),
+        (["--target-size", "1GB", "--dropped", "redirect"], "no error of --dropped redirect; take delete, constant,"),
+        (["--target-size", "1GB", "--dropped", "auto"], "--dropped auto is fitted to tokens: give --calibration FILE"),
+        (["--experts", 3, "--dropped", "auto"], "--dropped auto is of --target-size, which is not given"),
         (["--target-size", "1GB", "--budget", "adaptive"], "take --budget uniform, predicted or auto"),
         (["--target-size", "1GB", "--budget", "predicted", "--bits", 4], "--bits 4 packs a stock checkpoint"),
         (["--target-size", 1000], "nothing comes down to 0.000 GB: the least is 0.0"),
     ):
         assert message in refused(caplog, *given, *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("dropped", "budget"), [("auto", "auto"), ("affine", "uniform"), ("constant", "predicted")])
+def test_novices_are_among_the_ways(dropped: str, budget: str, place: Path, tmp_path: Path) -> None:
+    target = int(0.75 * bytes_of(place / "full"))
+    given = [
+        "prune",
+        place / "full",
+        "--calibration",
+        place / "text.jsonl",
+        "--target-size",
+        target,
+        "--budget",
+        budget,
+    ]
+    run(*given, "--dropped", dropped, "--group-size", 32, "--out", tmp_path / "out")
+    table = json.loads((tmp_path / "out" / "sizes.json").read_text())["alternatives"]
+    assert [row["error"] for row in table] == sorted(row["error"] for row in table)
+    ranks = {row["rank"] for row in table if row["dropped"] == "affine"}
+    assert ranks == (set() if dropped == "constant" else {4, 16})
+    kinds = {row["dropped"] for row in table}
+    assert kinds == ({"delete", "constant", "affine"} if dropped == "auto" else {dropped})
+    assert bytes_of(tmp_path / "out") == table[0]["bytes"] <= target
+    for row in table if dropped == "auto" else ():  # each way is as large as the command makes it
+        if row["dropped"] == "delete" or row["budget"] != "uniform":
+            continue
+        more = ["--experts", row["experts"], "--dropped", row["dropped"], "--rank", row["rank"] or 1, "--overwrite"]
+        run("prune", place / "full", "--calibration", place / "text.jsonl", *more, "--out", tmp_path / "again")
+        assert bytes_of(tmp_path / "again") == row["bytes"]
+
+
+def test_the_error_of_novices_is_what_they_leave_on_held_out_tokens(place: Path, tmp_path: Path) -> None:
+    """Independent truth: every set of experts of a layer, its outputs in float64, one token after another."""
+    source = Streamed(place / "full")
+    rows = [json.loads(line)["input_ids"] for line in (place / "text.jsonl").read_text().splitlines()]
+    ids = torch.tensor(rows)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    texts = Texts([DomainBatch("all", batch)])
+    found = remainders(place / "full", texts, [CONSTANT, 4], Options(reservoir=4), tmp_path / "work")
+    model = mcsmoe.load(place / "full")
+    adapter = adapter_for(model)
+    (name, *_) = adapter.layers(model)
+    weights, activation = adapter.read_experts(model, name), adapter.activation(model, name)
+    with adapter.capture(model) as seen, torch.no_grad():
+        model(**batch)
+    routed, row_T = seen.batches[name], torch.arange(ids.numel()) // ids.shape[1]
+    held_T = row_T % 10 == 9
+    for rank in (CONSTANT, 4):
+        gram = torch.zeros(6, 6, dtype=torch.float64)
+        pieces: dict[int, torch.Tensor] = {}
+        for expert in range(6):
+            here_TK = routed.chosen_TK == expert
+            mine_T = here_TK.any(dim=1)
+            gate_T = (routed.weights_TK.double() * here_TK).sum(dim=1)
+            given = expert_outputs(weights, expert, routed.inputs_TD, activation)
+            fitted = mine_T & ~held_T
+            if rank:
+                pairs = [(routed.inputs_TD[fitted], given[fitted], gate_T[fitted].square())]
+                constant, u, v = fit_affine(pairs, rank, weights.d_model)
+                answer = constant + routed.inputs_TD.double() @ v.T @ u.T
+            else:
+                answer = given[fitted].double().mean(dim=0).expand(len(given), -1)
+            left = (given.double() - answer) * gate_T[:, None] * (mine_T & held_T)[:, None]
+            pieces[expert] = left
+        for one in range(6):
+            for other in range(6):
+                gram[one, other] = (pieces[one] * pieces[other]).sum() * len(held_T) / held_T.sum()
+        outputs = found[name][rank].outputs
+        assert outputs is not None
+        torch.testing.assert_close(outputs.gram_EE, gram, rtol=2e-2, atol=2e-3 * float(gram.diagonal().max()))
+    assert source.layers[0] == name

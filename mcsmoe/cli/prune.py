@@ -11,6 +11,8 @@ from typing import Any
 from mcsmoe import methods
 from mcsmoe.cli import options
 
+RANK = 16
+
 NAME = "prune"
 HELP = """Leave out the experts of a Mixture-of-Experts checkpoint that a criterion says are needed least.
 
@@ -49,8 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="gram",
         help="which experts stay; auto tries gram, mass and reap and takes what loses least on held-out rows",
     )
-    group.add_argument("--dropped", choices=methods.DROPPED, default="delete", help="what becomes of the others")
-    group.add_argument("--rank", type=int, default=16, help="of affine novices")
+    group.add_argument(
+        "--dropped",
+        choices=(*methods.DROPPED, methods.AUTO),
+        default="delete",
+        help="what becomes of the others; auto, with --target-size, takes what is predicted to lose least",
+    )
+    group.add_argument(
+        "--rank", type=int, help=f"of affine novices; {RANK} if none is given, or what --target-size finds"
+    )
     group.add_argument(
         "--budget",
         choices=(*methods.PRUNING_BUDGETS, methods.AUTO),
@@ -84,7 +93,11 @@ def run(arguments: argparse.Namespace) -> None:
     from mcsmoe.types import LayerId
 
     refitting = options.refitting(arguments)
-    fitted = Pruning(methods.TRIED_CRITERIA[0], arguments.dropped, arguments.rank).needs_tokens
+    sized = arguments.target_size is not None
+    if arguments.dropped == methods.AUTO and not sized:
+        raise ValueError(f"--dropped {methods.AUTO} is of --target-size, which is not given; name one, or give a size")
+    rank = RANK if arguments.rank is None else arguments.rank
+    fitted = arguments.dropped == methods.AUTO or Pruning(dropped=arguments.dropped, rank=rank).needs_tokens
     if fitted and arguments.calibration is None:
         raise ValueError(
             f"--dropped {arguments.dropped} is fitted to tokens: give --calibration FILE, not --statistics alone"
@@ -93,7 +106,6 @@ def run(arguments: argparse.Namespace) -> None:
     source.prediction = arguments.mtp
     _reduce.check_whole(source)
     deletes = arguments.dropped == "delete"
-    sized = arguments.target_size is not None
     if sized:
         _size.check(arguments)
     else:
@@ -105,6 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
     pages: dict[str, Any] = {}
     if sized:
         pages |= _size.fit(calibrated, limits)
+        deletes = arguments.dropped == "delete"
         packing = _reduce.packing(source, arguments, deletes)
         uniform = _reduce.counts(calibrated, deletes, budget="uniform")
     if deletes:
@@ -119,7 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
         counts = _reduce.counts(calibrated, deletes, criterion, budget, limits)
         for layer, limit in limits.items():
             limit.quota(counts[layer], layer)
-        how = Pruning(criterion, arguments.dropped, arguments.rank)
+        how = Pruning(criterion, arguments.dropped, RANK if arguments.rank is None else arguments.rank)
         return Reduction(how, refitting, limits, arguments.seed), counts
 
     settings = {name: getattr(arguments, name) for name in _SETTINGS}

@@ -28,6 +28,16 @@ def fit_constant(outputs: Iterable[Tensor], width: int) -> Tensor:
 
 
 @torch.no_grad()
+def weighted_mean(blocks: Iterable[tuple[Tensor, Tensor]], width: int) -> Tensor:
+    """float64 [D]: mean of rows that come as blocks [T, D] with their weights [T]; zero without any."""
+    total_D, weight = torch.zeros(width, dtype=torch.float64), 0.0
+    for rows_TD, weight_T in blocks:
+        total_D = total_D.to(rows_TD.device) + weight_T.double() @ rows_TD.double()
+        weight += float(weight_T.double().sum())
+    return total_D / weight if weight > 0 else total_D
+
+
+@torch.no_grad()
 def fit_affine(
     pairs: Sequence[tuple[Tensor, Tensor, Tensor]], rank: int, width: int, ridge: float = RIDGE
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -127,7 +127,7 @@ def trial(
     """A whole model reduced in sequence, and what it loses on the rows that are held out; None: the model as it is."""
     shelf = Shelf(work / "layers")
     done: list[tuple[LayerId, Reduced]] = []
-    with _opened(folder, texts, options, work, reduction is not None and reduction.needs_whole) as major:
+    with opened(folder, texts, options, work, reduction is not None and reduction.needs_whole) as major:
         change = None if reduction is None else _reducing(major, texts, reduction, counts, done)
         for _ in major.blocks(change, to_the_end=True):
             while done:
@@ -138,7 +138,8 @@ def trial(
 
 
 @contextmanager
-def _opened(folder: Path, texts: Texts, options: Options, work: Path, needs_whole: bool) -> Iterator[LayerMajor]:
+def opened(folder: Path, texts: Texts, options: Options, work: Path, needs_whole: bool = False) -> Iterator[LayerMajor]:
+    """A pass over the checkpoint ``folder`` whose states are gone with the context."""
     # A copy of its own: the layers of another one stay as the files say, for what is written.
     states = States(work / "states", options.cache_memory)
     whole = States(work / "whole", options.cache_memory) if needs_whole else None

@@ -30,6 +30,8 @@ class Alternative:
     bytes: int
     pruned: float  # predicted squared change of the layers' outputs, over the residual stream's, summed over layers
     rounded: float  # the same of rounding
+    dropped: str = "delete"  # what becomes of dropped experts
+    rank: int | None = None  # of affine novices
 
     @property
     def error(self) -> float:
@@ -46,8 +48,11 @@ class Sizes:
 
     fixed: int
     headers: int
-    stored: Mapping[LayerId, int]
+    stored: Mapping[LayerId, int]  # its row of the router included
     packed: Mapping[int, Mapping[LayerId, int]]
+    rows: Mapping[LayerId, int]  # one row of the router
+    vectors: Mapping[LayerId, int]  # as many numbers as the model is wide
+    experts: Mapping[LayerId, int]
 
     @classmethod
     def of(cls, layers: Layers, total: int, headers: int, group: int | None, bits: Sequence[int]) -> Sizes:
@@ -59,11 +64,15 @@ class Sizes:
             group: entries that share a scale; None: experts cannot be packed.
         """
         stored: dict[LayerId, int] = {}
+        rows: dict[LayerId, int] = {}
+        vectors: dict[LayerId, int] = {}
         packed: dict[int, dict[LayerId, int]] = {one: {} for one in bits if group is not None}
         for layer in layers.ids:
             structure = layers.structure(layer)
             weights, router = structure.read_experts(), structure.read_router()
             row = router.weight_ED[0].nbytes + (0 if router.bias_E is None else router.bias_E[0].nbytes)
+            (inner, *_) = weights.tensors.values()
+            rows[layer], vectors[layer] = row, weights.d_model * inner.element_size()
             stored[layer] = row + sum(tensor[0].nbytes for tensor in weights.tensors.values())
             for one, sizes in packed.items():
                 assert group is not None
@@ -72,17 +81,67 @@ class Sizes:
                     matrix = weights.roles[name] in (Role.INPUT, Role.OUTPUT)
                     shape, wide = tuple(tensor.shape[1:]), tensor.element_size()
                     sizes[layer] += packed_bytes(shape, wide, one, group) if matrix else tensor[0].nbytes
-        every = sum(stored[layer] * layers.structure(layer).num_experts for layer in layers.ids)
-        return cls(total - every, headers, stored, packed)
+        experts = {layer: layers.structure(layer).num_experts for layer in layers.ids}
+        every = sum(stored[layer] * count for layer, count in experts.items())
+        return cls(total - every, headers, stored, packed, rows, vectors, experts)
 
     def bytes(self, counts: Mapping[LayerId, int], bits: int | None) -> int:
         """Bytes of the weights with that many experts in each layer."""
         each = self.stored if bits is None else self.packed[bits]
         return self.fixed + sum(each[layer] * count for layer, count in counts.items())
 
+    def with_novices(self, counts: Mapping[LayerId, int], rank: int) -> int:
+        """The same where novices of a rank (0: constants) answer for the others: rows of the router stay."""
+        total = self.bytes(counts, None)
+        for layer, count in counts.items():
+            total += (self.experts[layer] - count) * (self.rows[layer] + self.vectors[layer] * (1 + 2 * rank))
+        return total
+
     def at_most(self, counts: Mapping[LayerId, int], bits: int | None) -> int:
         """Bytes that the files may have: a packed matrix is three tensors in their headers."""
         return self.bytes(counts, bits) + self.headers * (1 if bits is None else 3)
+
+
+def novice_alternatives(
+    remainders: Mapping[LayerId, Mapping[int, LayerStatistics]],
+    statistics: Mapping[LayerId, LayerStatistics],
+    target: int,
+    sizes: Sizes,
+    budgets: Sequence[str],
+    limits: Mapping[LayerId, Limits],
+    criterion: str = "gram",
+    fewest: int = 1,
+) -> list[Alternative]:
+    """As ``alternatives`` where a novice of one of several ranks (0: a constant) answers for each dropped expert.
+
+    Args:
+        remainders: by layer and rank, statistics of what a novice leaves of its expert.
+        statistics: of the experts' own outputs, by which ``predicted`` spreads them over the layers.
+    """
+    found: list[Alternative] = []
+    own = {layer: relative_curve(layer, statistics[layer], criterion, limits[layer], fewest) for layer in remainders}
+    for rank in next(iter(remainders.values())):
+        curves = {
+            layer: relative_curve(layer, left[rank], criterion, limits[layer], fewest)
+            for layer, left in remainders.items()
+        }
+        for budget in budgets:
+            for kept in sorted(_usable(curves, limits, fewest), reverse=True):
+                counts = dict.fromkeys(curves, kept) if budget == "uniform" else predicted(own, kept)
+                size = sizes.with_novices(counts, rank)
+                if size + sizes.headers > target:
+                    continue
+                pruned = sum(float(curves[layer][count]) for layer, count in counts.items())
+                dropped = "affine" if rank else "constant"
+                found.append(Alternative(budget, kept, None, size, pruned, 0.0, dropped, rank or None))
+                break
+    return found
+
+
+def _usable(curves: Mapping[LayerId, Tensor], limits: Mapping[LayerId, Limits], fewest: int) -> list[int]:
+    """Numbers of experts that every layer can keep."""
+    numbers = next(iter(limits.values())).numbers(fewest)
+    return [k for k in numbers if all(k < len(curve) and torch.isfinite(curve[k]) for curve in curves.values())]
 
 
 @torch.no_grad()
@@ -147,8 +206,7 @@ def alternatives(
         if group is not None and sizes.packed:
             with layers.open(layer) as opened:
                 rounding[layer] = rounding_errors(opened, whole, list(sizes.packed), group)
-    numbers = limits[layers.ids[0]].numbers(fewest)
-    usable = [k for k in numbers if all(k < len(curve) and torch.isfinite(curve[k]) for curve in curves.values())]
+    usable = _usable(curves, limits, fewest)
     found: list[Alternative] = []
     least = None
     for budget in budgets:
