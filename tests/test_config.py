@@ -14,6 +14,7 @@ from mcsmoe import methods
 from mcsmoe.workflow import config as configuration
 from mcsmoe.workflow import options
 from mcsmoe.workflow.schema import schema, section
+from mcsmoe.workflow.variants import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = yaml.safe_load((ROOT / "config.yaml").read_text())
@@ -258,7 +259,7 @@ def test_reap_prunes_every_layer_alike_as_published() -> None:
 
 def test_hc_smoe_is_the_published_one_in_the_workflow_and_on_the_command_line() -> None:
     """Average linkage on Euclidean distances of mean outputs, averaged by frequency."""
-    for known in (methods.resolve(configuration.complete({"tasks": ["SST-2"]})), methods.PRESETS):
+    for known in (resolve(configuration.complete({"tasks": ["SST-2"]})), methods.PRESETS):
         found = known["hc-smoe"]
         assert (found.similarity, found.grouping, found.linkage) == (
             "expert-output.distance",

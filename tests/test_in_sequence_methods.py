@@ -18,6 +18,7 @@ from mcsmoe.evaluate.cost import count_parameters, packed_bytes
 from mcsmoe.transform.layers import SparseLayer
 from mcsmoe.transform.rounding import round_layer
 from mcsmoe.workflow import config as configuration
+from mcsmoe.workflow.variants import resolve
 
 
 def complete(**more: Any) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def complete(**more: Any) -> dict[str, Any]:
 def test_every_criterion_is_a_method_with_and_without_a_refit(name: str) -> None:
     called = name if name in methods.BUILTIN and methods.BUILTIN[name].criterion else f"{name}-pruning"
     config = complete(variants=["full", called, f"{called}-refit"])
-    known = methods.resolve(config)
+    known = resolve(config)
     plain, refitted = known[called], known[f"{called}-refit"]
     assert (plain.criterion, plain.refit, refitted.criterion, refitted.refit) == (name, False, name, True)
     for method in (plain, refitted):
@@ -40,7 +41,7 @@ def test_every_criterion_is_a_method_with_and_without_a_refit(name: str) -> None
 
 
 def test_what_is_done_in_sequence_and_what_is_not() -> None:
-    known = methods.resolve(complete(variants=["msmoe", "msmoe-refit", "4-bit", "ream", "mcsmoe"]))
+    known = resolve(complete(variants=["msmoe", "msmoe-refit", "4-bit", "ream", "mcsmoe"]))
     assert [known[name].in_sequence for name in ("msmoe", "msmoe-refit", "4-bit", "ream", "mcsmoe", "full")] == [
         *(False, True, True, True, False, False)
     ]
@@ -56,7 +57,7 @@ def test_in_sequence_experts_are_aligned_to_the_leader_of_their_group() -> None:
         "by-weights": {"base": "msmoe", "refit": True, "similarity": "weight"},
     }
     names = ["full", "msmoe", "msmoe-refit", "averaging-refit", *mine]
-    known = methods.resolve(complete(variants=names, methods=mine))
+    known = resolve(complete(variants=names, methods=mine))
     assert {name: known[name].alignment for name in names[1:]} == {
         "msmoe": "weight",
         "msmoe-refit": "weight-dominant",

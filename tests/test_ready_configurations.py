@@ -19,6 +19,7 @@ from mcsmoe import methods
 from mcsmoe.data.tasks import load_task
 from mcsmoe.report import published
 from mcsmoe.workflow import config as configuration
+from mcsmoe.workflow.variants import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configurations.md"
@@ -119,7 +120,7 @@ def test_the_documented_jobs_are_those_of_the_dry_run(name: str, empty: Path) ->
 def test_work_is_shared(name: str, empty: Path) -> None:
     """The numbers that follow from the methods, not from the page."""
     config, found = read(name), counts(dry_run(name, empty))
-    known = methods.resolve(config)
+    known = resolve(config)
     runs, chosen = len(config["tasks"]) * len(config["seeds"]), [known[variant] for variant in config["variants"]]
     assert found["prepare"] == len(config["seeds"])
     assert found["prepare_data"] == found["collect_routing"] == runs

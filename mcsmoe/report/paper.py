@@ -18,6 +18,7 @@ from mcsmoe.report import published
 from mcsmoe.report.drawing import rows_of
 from mcsmoe.report.words import join, number, signed
 from mcsmoe.workflow import config as configuration
+from mcsmoe.workflow.variants import resolve
 
 _NEEDED = (
     "model",
@@ -69,7 +70,7 @@ def beside(task: str, rows: pd.DataFrame, metrics: pd.DataFrame, config: Mapping
     same_model = model_name(config) == published.MODELS[setting]
     final = metrics.merge(rows[_KEYS].drop_duplicates(), on=_KEYS)
     kept = published.EXPERTS[setting][0]
-    known, pairs = methods.resolve(config), matches(config)
+    known, pairs = resolve(config), matches(config)
     made = []
     for (variant, experts, metric), part in final.groupby(["variant", "experts", "metric"], sort=False):
         merges = known[str(variant)].merge is not None or known[str(variant)].parent is not None
@@ -125,8 +126,8 @@ def model_name(config: Mapping[str, Any]) -> str | None:
 
 def matches(config: Mapping[str, Any]) -> dict[str, str]:
     """Published method by the name of the configured one that has the same settings."""
-    ours = methods.resolve(config)
-    theirs = methods.resolve({**config, "methods": published.ABLATIONS, "variants": []})
+    ours = resolve(config)
+    theirs = resolve({**config, "methods": published.ABLATIONS, "variants": []})
     names = [name for name in dict.fromkeys(published.scores()["method"]) if name in theirs]
     by_settings = {_settings(theirs[name], theirs): name for name in names}
     found = {name: by_settings.get(_settings(ours[name], ours)) for name in ours}
@@ -170,7 +171,7 @@ def differences(task: str, config: Mapping[str, Any], setting: str) -> Iterator[
     if setting == published.FINE_TUNED:
         choice = load_task(task).published
         wanted = {section: dict(values) for section, values in _SETTINGS.items()}
-        chosen = [methods.resolve(config)[variant] for variant in config["variants"]]
+        chosen = [resolve(config)[variant] for variant in config["variants"]]
         if not any(method.compress for method in chosen):
             del wanted["compress"]
         wanted["finetune"] = {"batch_size": choice.batch_size, "learning_rate": choice.learning_rate}

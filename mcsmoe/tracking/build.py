@@ -14,6 +14,7 @@ from mcsmoe.artefacts.tables import read_table
 from mcsmoe.report import plots
 from mcsmoe.results.read import Results
 from mcsmoe.tracking.record import RunRecord, final_metrics
+from mcsmoe.workflow.variants import resolve
 
 _KEYS = ("task", "variant", "experts", "seed")
 _LEFT_OUT = ("tasks", "seeds", "experts", "variants", "methods", "results")
@@ -21,7 +22,7 @@ _LEFT_OUT = ("tasks", "seeds", "experts", "variants", "methods", "results")
 
 def records(found: Results, summary: pd.DataFrame) -> list[RunRecord]:
     """One record per method, number of experts and seed."""
-    known = methods.resolve(found.configuration)
+    known = resolve(found.configuration)
     rows: dict[tuple[Any, ...], Any] = {tuple(row[key] for key in _KEYS): row for row in summary.to_dict("records")}
     made = []
     for run in found.final:

@@ -17,6 +17,7 @@ from mcsmoe.workflow import consistency
 from mcsmoe.workflow.given_model import num_experts, read_fields
 from mcsmoe.workflow.plain import plain
 from mcsmoe.workflow.schema import fill, schema, section
+from mcsmoe.workflow.variants import resolve
 
 _ROWS = ("train_rows", "validation_rows", "selection_rows")
 SOURCES = ("packages", "texts", "characters")
@@ -161,7 +162,7 @@ def corpus(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _methods(config: Mapping[str, Any]) -> None:
-    known = methods.resolve(config)
+    known = resolve(config)
     for name in config["variants"]:
         methods.require_known("variants", name, known)
     total = num_experts(config)
