@@ -13,7 +13,7 @@ import pytest
 from test_report import Page
 
 from mcsmoe.report import page as report
-from mcsmoe.report import paper, published
+from mcsmoe.report import paper, published, successors
 from mcsmoe.report.page import ReportInputs
 from mcsmoe.report.words import number, signed
 from mcsmoe.workflow import config as configuration
@@ -107,6 +107,53 @@ def test_every_printed_number_is_carried() -> None:
                 assert 100 * scores["fine-tuned", name.replace("_", "-"), task, metric] == pytest.approx(
                     table2.loc[name, column]
                 )
+
+
+def test_means_of_later_papers_are_those_of_their_columns() -> None:
+    """What speaks for figures that were copied: eight tasks have the mean that is printed beside them."""
+    known = published.successors()
+    assert known["value"].between(0, 1).all()
+    assert not known.duplicated(["model", "source", "removed_percent", "calibration", "method", "benchmark"]).any()
+    part = known[known["source"] == "REAP, table A6"]
+    off = {}
+    for (method, removed), rows in part.groupby(["method", "removed_percent"]):
+        scores = rows.set_index("benchmark")["value"]
+        assert len(scores) == 9
+        error = abs(scores.drop("mean_of_eight").mean() - scores["mean_of_eight"])
+        if error > 2e-4:
+            off[method, removed] = round(error, 4)
+    assert off == {("frequency-pruning", 50): 0.0007}
+    ream = known[
+        (known["source"] == "REAM, author's page") & (known["method"] == "ream") & (known["calibration"] != "c4")
+    ]
+    scores = ream[ream["model"].str.contains("30B")].set_index("benchmark")["value"]
+    generative = ["ifeval", "aime25", "gsm8k", "gpqa_diamond", "humaneval", "live_code_bench"]
+    assert scores[generative].mean() == pytest.approx(scores["mean_of_six_generative"], abs=5e-4)
+    assert scores.drop([*generative, "mean_of_eight", "mean_of_six_generative"]).mean() == pytest.approx(
+        scores["mean_of_eight"], abs=5e-4
+    )
+
+
+def test_a_run_of_the_same_model_stands_beside_later_papers() -> None:
+    config = configuration.complete(
+        {"tasks": ["OpenBookQA"], "data": {"source": "hub"}, "zero_shot": True, "variants": ["full", "reap-pruning", "msmoe"],
+         "experts": [4], "model": {"checkpoint": "Qwen/Qwen3-30B-A3B"}},
+        check_data=False,
+    )  # fmt: skip
+    rows = fake_results.summary(tasks=("OpenBookQA",))
+    rows = rows[rows["variant"].isin(["full", "msmoe"]) & rows["experts"].isin([8, 4])]
+    metrics = fake_results.metrics(rows)
+    found = successors.beside("OpenBookQA", rows, metrics, config)
+    assert found is not None
+    lines = {(one["variant"], one["experts"]): one for one in found}
+    # Half of 8 experts are left out: the paper's 50 %.
+    assert lines["full", 8]["paper"] == "0.454"
+    assert lines["msmoe", 4]["paper"] == "0.278"
+    here = metrics[(metrics["variant"] == "msmoe") & (metrics["experts"] == 4) & (metrics["metric"] == "accuracy")]
+    assert lines["msmoe", 4]["difference"] == signed(float(here["value"].mean()) - 0.278)
+    for other in ({**config, "model": {"checkpoint": "other"}}, {**config, "data": {"source": "synthetic"}}, {}):
+        assert successors.beside("OpenBookQA", rows, metrics, other) is None
+    assert successors.beside("COPA", rows, metrics, config) is None
 
 
 # -- what is compared --------------------------------------------------------------------------------------------

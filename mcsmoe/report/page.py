@@ -16,7 +16,7 @@ import pandas as pd
 
 from mcsmoe.artefacts.atomic import atomic_file
 from mcsmoe.artefacts.layout import TITLES
-from mcsmoe.report import language, paper, plots
+from mcsmoe.report import language, paper, plots, successors
 from mcsmoe.report.drawing import FULL, svg
 from mcsmoe.report.tables import UNITS, all_scores, cost_settings, rule_times, seed_means, task_rows
 from mcsmoe.report.words import join, scaled, words_for_task
@@ -192,6 +192,7 @@ def _task(inputs: ReportInputs, task: str, curves: Sequence[Labelled]) -> dict[s
         ],
         "training": _training_pictures(_of(curves, task), f"training-{task}"),
         "paper": paper.beside(task, rows, metrics, inputs.config),
+        "successors": successors.beside(task, rows, metrics, inputs.config),
     }
 
 

@@ -1,4 +1,4 @@
-"""The figures of the paper (MC-SMoE, arXiv 2310.01334v2), as data to set beside results measured here.
+"""The figures of the paper (MC-SMoE, arXiv 2310.01334v2) and of its successors, as data to set beside results measured here.
 
 What each file holds and how far its numbers can be trusted: ``README.md`` beside this module.
 """
@@ -76,6 +76,18 @@ def sizes() -> pd.DataFrame:
 def latency() -> pd.DataFrame:
     """Published latencies of table A10: method, batch_size, tflops, seconds (BF16, SQuAD inference)."""
     return _read("latency.csv")
+
+
+@cache
+def successors() -> pd.DataFrame:
+    """Figures of later papers on language models from the hub.
+
+    Returns:
+        columns model (hub name), source, removed_percent (share of the experts), calibration, method (names of this project;
+        ``ean`` prunes by activation norm), benchmark (names of lm-evaluation-harness where it has them; ``mean_of_eight`` of the
+        eight multiple-choice tasks), value (0 to 1) and standard_deviation (over the paper's runs; NaN where none is printed).
+    """
+    return _read("successors.csv")
 
 
 def standard_error(metric: str, value: float, n: int) -> float:
