@@ -40,8 +40,9 @@ def beside(
     final = final[final["metric"] == "accuracy"]
     whole = max(rows[rows["variant"] == "full"]["experts"].tolist(), default=0)
     made = []
-    for (variant, experts), part in final.groupby(["variant", "experts"], sort=False):
-        removed = 0 if not whole or variant == "full" else round(100 * (1 - int(experts) / whole))
+    for (variant, _), part in final.groupby(["variant", "experts"], sort=False):
+        experts = int(part["experts"].iloc[0])
+        removed = 0 if not whole or variant == "full" else round(100 * (1 - experts / whole))
         theirs = known[(known["method"] == variant) & (known["removed_percent"] == removed)]
         value = float(part["value"].mean())
         for row in rows_of(theirs):
