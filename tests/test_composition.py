@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "--criterion": ("gram", AUTO),  # test_criteria has them all
     "--dropped": DROPPED,
     "--budget": (*PRUNING_BUDGETS, AUTO),
-    "--refit": ("no", "yes"),
+    "--refit": ("no", "yes", "stream"),
     "--bits": ("no", "4", "8"),
     "from": ("text", "statistics"),
 }
@@ -29,7 +29,7 @@ Combination = tuple[str, ...]
 def impossible(one: Combination) -> str | None:
     """What the command says of a combination that cannot be; None where it can."""
     criterion, dropped, budget, refit, bits, given = one
-    if given == "statistics" and refit == "yes":
+    if given == "statistics" and refit != "no":
         return "--refit solves on tokens"
     if given == "statistics" and dropped in ("constant", "affine"):
         return f"--dropped {dropped} is fitted to tokens"
@@ -78,6 +78,8 @@ def words(one: Combination, place: Path, out: Path) -> list[object]:
             made += (
                 ["--calibration", place / "text.jsonl"] if value == "text" else ["--statistics", place / "statistics"]
             )
+        elif value == "stream":
+            made += ["--refit", "--refit-target", "stream"]
         elif value != "no":
             made += [option] if value == "yes" else [option, value]
     return made
