@@ -1,6 +1,6 @@
 """docs/clients.md from docs/clients.json, the record of ``tests/clients``; written by docs/generate.py.
 
-MCSMOE_CLIENTS=1 MCSMOE_CLIENTS_RECORD=1 pytest tests/clients      makes the record (half an hour)
+MCSMOE_CLIENTS=1 MCSMOE_CLIENTS_RECORD=1 pytest tests/clients      makes the record (15 minutes, once the environments are there)
 """
 
 from __future__ import annotations
@@ -67,15 +67,20 @@ def _cell(results: Mapping[str, str], family: str) -> str:
 def page() -> str:
     """docs/clients.md."""
     whole: dict[str, dict[str, str]] = json.loads(RECORD.read_text())
-    record = {client: {name: said for name, said in results.items() if "/" in name} for client, results in whole.items()}
+    record = {
+        client: {name: said for name, said in results.items() if "/" in name} for client, results in whole.items()
+    }
     clients = [client for client, results in record.items() if results]
     families = sorted({name.split("/")[0] for client in clients for name in record[client]})
     table = _table(["", *clients], [[family, *(_cell(record[one], family) for one in clients)] for family in families])
     notes = []
     for client in clients:
         for family in families:
-            said = {text for name, text in record[client].items() if name.startswith(f"{family}/") and text != "same"}
-            notes += [f"- {client}, {family}: {text}" for text in sorted(said)]
+            said: dict[str, set[str]] = {}
+            for name, text in record[client].items():
+                if name.startswith(f"{family}/") and text != "same":
+                    said.setdefault(text, set()).add(name.split("/")[1])
+            notes += [f"- {client}, {family} in {' and '.join(sorted(said[text]))}: {text}" for text in sorted(said)]
     served = {name: said for client in clients for name, said in record[client].items() if name.split("/")[2] in PLUGIN}
     plugin = _table(["checkpoint", "vLLM with the plugin"], [[f"`{name}`", served[name]] for name in sorted(served)])
     others = [
