@@ -49,7 +49,7 @@ def log_probabilities(model: Any, row: dict[str, Any], seq2seq: bool) -> tuple[t
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe", "switch"])
-def test_scores_are_those_of_the_model_in_memory(family: str, tmp_path: Path) -> None:
+def test_scores_are_those_of_the_model_in_memory(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     seq2seq = family == "switch"
     rows = write_rows(tmp_path / "text.jsonl", seq2seq)
     models = {
@@ -63,6 +63,7 @@ def test_scores_are_those_of_the_model_in_memory(family: str, tmp_path: Path) ->
         "--domain-column", "domain", "--batch-size", 3, "--out", tmp_path / "scores.parquet")  # fmt: skip
     found = read_table(tmp_path / "scores.parquet", "language")
     assert found["domain"].tolist() == [row["domain"] for row in rows]
+    assert "not read are" not in caplog.text
     for row, (_, one) in zip(rows, found.iterrows(), strict=True):
         own_NV, target_N = log_probabilities(models["small"], row, seq2seq)
         full_NV, _ = log_probabilities(models["full"], row, seq2seq)

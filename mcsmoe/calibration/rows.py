@@ -55,8 +55,11 @@ class Row:
     place: str
 
 
-def read_rows(file: Path) -> list[Row]:
-    """Rows of a calibration file, all of one kind of ``KINDS``, every value checked.
+def read_rows(file: Path, elsewhere: Sequence[str] = ()) -> list[Row]:
+    """Rows of a calibration file, all of one kind of ``KINDS``, every value checked; what is not read is said.
+
+    Args:
+        elsewhere: fields that the caller reads itself.
 
     Raises:
         ValueError: missing, unreadable, of another format, without rows; a row without the fields of the file's kind, or
@@ -69,10 +72,12 @@ def read_rows(file: Path) -> list[Row]:
         raise ValueError(f"{file}: no such file")
     try:
         if suffix == ".txt":
-            return _checked([({"text": text}, f"{file}: line {number}") for number, text in lines(file)], file)
+            return _checked(
+                [({"text": text}, f"{file}: line {number}") for number, text in lines(file)], file, elsewhere
+            )
         if suffix == ".jsonl":
-            return _checked([(row, f"{file}: line {number}") for number, row in json_lines(file)], file)
-        return _checked(_parquet(file), file)
+            return _checked([(row, f"{file}: line {number}") for number, row in json_lines(file)], file, elsewhere)
+        return _checked(_parquet(file), file, elsewhere)
     except OSError as error:
         raise ValueError(f"{file}: not readable as {suffix[1:]} ({' '.join(str(error).split())})") from error
 
@@ -102,7 +107,9 @@ def _parquet(file: Path) -> list[tuple[dict[str, Any], str]]:
 
 
 # -- the kind of a file ------------------------------------------------------------------------------------------
-def _checked(records: Sequence[tuple[Mapping[str, Any], str]], where: object) -> list[Row]:
+def _checked(
+    records: Sequence[tuple[Mapping[str, Any], str]], where: object, elsewhere: Sequence[str] = ()
+) -> list[Row]:
     if not records:
         raise ValueError(f"{where}: there are no rows in it; calibration is {HELP}")
     kind = _kind_of_all(records)
@@ -119,7 +126,7 @@ def _checked(records: Sequence[tuple[Mapping[str, Any], str]], where: object) ->
         fields = {name: _CHECKS[name](value, f"{place}: field {name!r}") for name, value in found.items()}
         made.append(Row(_together(fields, place), place))
     unread = {name for record, _ in records for name in record if record[name] is not None or name not in FIELDS}
-    if unread := unread - set(used):
+    if unread := unread - set(used) - set(elsewhere):
         log.info("%s: read are %s; not read are %s", where, _names(used), _names(unread))
     return made
 

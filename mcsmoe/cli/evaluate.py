@@ -176,7 +176,7 @@ def _documents(source: Streamed, arguments: argparse.Namespace) -> list[Document
     from mcsmoe.checkpoint.load import load_tokenizer
     from mcsmoe.console import log
 
-    rows = text.read_rows(arguments.text)
+    rows = text.read_rows(arguments.text, () if arguments.domain_column is None else (arguments.domain_column,))
     domains = _domains(arguments.text, arguments.domain_column)
     if arguments.samples is not None:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(arguments.seed)).tolist()
