@@ -221,6 +221,34 @@ def apply_permutation(weights: ExpertWeights, permutation_EF: Tensor, layer: Lay
     Raises:
         ValueError: not one permutation of the F neurons per expert; names layer, expert and value.
     """
+    _check_permutation(weights, permutation_EF, layer)
+
+    def permuted(name: str, tensor: Tensor) -> Tensor:
+        axis = weights.neuron_axis(name)
+        return tensor.clone() if axis is None else _ordered(tensor, permutation_EF, axis)
+
+    return weights.map(permuted)
+
+
+@torch.no_grad()
+def permute_(weights: ExpertWeights, permutation_EF: Tensor, layer: LayerId = "") -> None:
+    """``apply_permutation`` in the memory of ``weights``, some experts at a time: no second copy of a layer.
+
+    Raises:
+        ValueError: as ``apply_permutation``.
+    """
+    _check_permutation(weights, permutation_EF, layer)
+    for name, tensor in weights.tensors.items():
+        axis = weights.neuron_axis(name)
+        if axis is None:
+            continue
+        count = max(1, _BLOCK_BYTES // max(1, tensor[0].numel() * tensor.element_size()))
+        for start in range(0, len(tensor), count):
+            block = slice(start, start + count)
+            tensor[block] = _ordered(tensor[block], permutation_EF[block], axis)
+
+
+def _check_permutation(weights: ExpertWeights, permutation_EF: Tensor, layer: LayerId) -> None:
     experts, width = weights.num_experts, weights.width
     if permutation_EF.shape != (experts, width):
         raise ValueError(
@@ -235,15 +263,13 @@ def apply_permutation(weights: ExpertWeights, permutation_EF: Tensor, layer: Lay
             f"{_wrong(permutation_EF[expert].tolist(), width)}"
         )
 
-    def permuted(name: str, tensor: Tensor) -> Tensor:
-        axis, index_EF = weights.neuron_axis(name), permutation_EF.to(tensor.device)
-        if axis is None:
-            return tensor.clone()
-        if axis == 1:
-            return tensor[torch.arange(experts, device=tensor.device)[:, None], index_EF]
-        return tensor.gather(2, index_EF[:, None, :].expand_as(tensor))
 
-    return weights.map(permuted)
+def _ordered(tensor: Tensor, permutation_EF: Tensor, axis: int) -> Tensor:
+    """A copy with the neurons along ``axis``, 1 or 2, in the order of each expert."""
+    index_EF = permutation_EF.to(tensor.device)
+    if axis == 1:
+        return tensor[torch.arange(len(index_EF), device=tensor.device)[:, None], index_EF]
+    return tensor.gather(2, index_EF[:, None, :].expand_as(tensor))
 
 
 def _wrong(order: list[int], width: int) -> str:

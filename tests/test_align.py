@@ -17,6 +17,7 @@ from mcsmoe.align import (
     align_by_weight,
     apply_permutation,
     correlation,
+    permute_,
 )
 from mcsmoe.types import ExpertWeights
 
@@ -185,6 +186,26 @@ def test_what_is_no_permutation_names_layer_expert_and_value(row: list[int], mes
 def test_permutations_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'x'.*\(6, 4\).*\(6, 12\)"):
         apply_permutation(experts(), torch.arange(4).repeat(6, 1), "x")
+    with pytest.raises(ValueError, match="permutations have shape"):
+        permute_(experts(), torch.arange(4).repeat(6, 1), "x")
+
+
+@pytest.mark.parametrize("block", [1, 3000, 2**24])
+def test_in_place_is_the_same_in_the_memory_that_there_is(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcsmoe.align._BLOCK_BYTES", block)
+    weights = experts()
+    # A view whose last two axes are stored the other way round, as some families have them.
+    stored = {name: tensor.mT.contiguous() if tensor.ndim == 3 else tensor for name, tensor in weights.tensors.items()}
+    views = ExpertWeights(
+        {name: tensor.mT if tensor.ndim == 3 else tensor for name, tensor in stored.items()}, weights.roles
+    )
+    order_EF = torch.stack([torch.randperm(weights.width) for _ in range(weights.num_experts)])
+    wanted = apply_permutation(weights, order_EF)
+    permute_(views, order_EF)
+    for name, tensor in stored.items():
+        given = tensor.mT if tensor.ndim == 3 else tensor
+        assert torch.equal(given, wanted.tensors[name])
+        assert given.data_ptr() == views.tensors[name].data_ptr()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

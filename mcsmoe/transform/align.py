@@ -72,7 +72,16 @@ class Aligner:
                 self.settings.threads,
                 layer.id,
             )
-        layer.write_experts(align.apply_permutation(weights, self.alignments[layer.id].permutation_EF, layer.id))
+        reorder(layer, weights, self.alignments[layer.id].permutation_EF)
+
+
+def reorder(layer: SparseLayer, weights: ExpertWeights, permutation_EF: Tensor) -> None:
+    """Reorder the neurons of a layer in place; ``weights`` are its experts as it shows them, and reordered too.
+
+    They may be the layer's own memory, so that a second copy of a large layer is never made.
+    """
+    align.permute_(weights, permutation_EF, layer.id)
+    layer.write_experts(weights)
 
 
 def align_layers(

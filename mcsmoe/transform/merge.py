@@ -13,7 +13,7 @@ from mcsmoe.grouping import from_labels
 from mcsmoe.merge import METHODS
 from mcsmoe.merge.base import Merged, MergeInputs
 from mcsmoe.methods import MERGES, require_known
-from mcsmoe.transform.align import TO_LEADER, Aligner, AlignmentSettings, align_layer
+from mcsmoe.transform.align import TO_LEADER, Aligner, AlignmentSettings, align_layer, reorder
 from mcsmoe.transform.layers import Layers, SparseLayer
 from mcsmoe.types import Grouping, LayerId
 
@@ -116,7 +116,7 @@ def merge_layer(layer: SparseLayer, grouping: Grouping, settings: MergeSettings,
 
 
 def merge_experts(layer: SparseLayer, grouping: Grouping, settings: MergeSettings, evidence: Evidence) -> Merged:
-    """What ``merge_layer`` would install; the layer is only read."""
+    """What ``merge_layer`` would install; of the layer itself only the order of neurons may change."""
     weights, statistics, needs = layer.view_experts(), evidence.layer(layer.id), MERGES[settings.merge].needs
     evidence.check_against(layer.id, weights)
     fisher = evidence.per_weight("fisher", layer.id, weights) if "fisher" in needs else None
@@ -124,7 +124,7 @@ def merge_experts(layer: SparseLayer, grouping: Grouping, settings: MergeSetting
         reference_E = grouping.dominant[grouping.expert_to_group]
         how = settings.alignment.removesuffix(TO_LEADER)
         found = align_layer(weights, reference_E, how, statistics, layer.activation, settings.threads, layer.id)
-        weights = apply_permutation(weights, found.permutation_EF, layer.id)
+        reorder(layer, weights, found.permutation_EF)
         fisher = None if fisher is None else apply_permutation(fisher, found.permutation_EF, layer.id)
     return METHODS[settings.merge](
         MergeInputs(
