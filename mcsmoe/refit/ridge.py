@@ -120,8 +120,8 @@ def refit(
         )
     if sweeps < 1:
         raise ValueError(f"layer {layer!r}: {sweeps} sweeps; give at least 1")
-    start = [block.weight_DP.detach().double() for block in blocks]
-    weights = [weight_DP.clone() for weight_DP in start]
+    # Between visits in float32 where they come and go in half precision: many wide experts in float64 outgrow their layer.
+    weights = [block.weight_DP.detach().to(_kept_in(block.weight_DP), copy=True) for block in blocks]
     fitting, judging = _Tokens(blocks, batches), _Tokens(blocks, held)
     for index, weight_DP in enumerate(weights):
         fitting.subtract(index, weight_DP)
@@ -140,15 +140,16 @@ def refit(
             # Features that are not kept are computed once a visit.
             features, held_features = fitting.features(index), judging.features(index)
             gram_PP, cross_PD = fitting.moments(index, features)
-            solve = _solver(gram_PP, cross_PD, weights[index], start[index])
-            change_DP = solve(chosen) - weights[index]
+            old_DP = weights[index].double()
+            solve = _solver(gram_PP, cross_PD, old_DP, blocks[index].weight_DP.detach().double())
+            change_DP = solve(chosen) - old_DP
             if choosing and index in judges:
                 held_PP, held_PD = judging.moments(index, held_features)
                 for ridge in ridges:
-                    other_DP = change_DP if ridge == chosen else solve(ridge) - weights[index]
+                    other_DP = change_DP if ridge == chosen else solve(ridge) - old_DP
                     # |r - h D'|^2 - |r|^2, r being what is left of the target.
                     errors[ridge] += float((other_DP @ held_PP).mul_(other_DP).sum() - 2 * (other_DP.T * held_PD).sum())
-            weights[index] = weights[index] + change_DP
+            weights[index] = (old_DP + change_DP).to(weights[index])
             fitting.subtract_change(features, change_DP)
             judging.subtract_change(held_features, change_DP)
         if choosing:
@@ -160,6 +161,10 @@ def refit(
         return Refitted(kept, before, before, held_before, held_before, chosen, bool(held))
     made = [new.to(block.weight_DP) for new, block in zip(weights, blocks, strict=True)]
     return Refitted(made, before, after, held_before, held_after, chosen, bool(held))
+
+
+def _kept_in(weight_DP: Tensor) -> torch.dtype:
+    return torch.float32 if weight_DP.dtype in (torch.bfloat16, torch.float16) else torch.float64
 
 
 def _spread(indices: list[int]) -> set[int]:

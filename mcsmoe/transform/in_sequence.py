@@ -96,7 +96,7 @@ def reduced_in_sequence(
     options: Options,
     run: Unfinished,
 ) -> Iterator[tuple[LayerId, Reduced]]:
-    """Each layer of the checkpoint ``folder``, reduced to as many experts as ``counts`` says.
+    """Each layer of the checkpoint ``folder``, reduced to as many experts as ``counts`` says; ``run`` has the weights.
 
     Args:
         run: what was done before, and keeps what is done now.
@@ -105,15 +105,17 @@ def reduced_in_sequence(
         ValueError: what the method needs is not there; names the layer.
     """
     for layer in run.layers:
-        yield layer, run.get(layer)
+        yield layer, run.get(layer).without_stored()
     done: list[tuple[LayerId, Reduced]] = []
     source = Streamed(folder)
     major = LayerMajor(source, texts.batches, run.states, options, start=run.order, done=run.layers, whole=run.whole)
     with major.open():
         for block in major.blocks(_reducing(major, texts, reduction, counts, done)):
             run.commit(block.path, dict(done))
-            while done:
-                yield done.pop(0)
+            # Whoever reads on holds what was yielded last, and that is not to be a layer's weights.
+            described = [(layer, reduced.without_stored()) for layer, reduced in done]
+            done.clear()
+            yield from described
 
 
 def trial(

@@ -30,7 +30,7 @@ OnTokens = Callable[[SparseLayer, LayerStatistics, LayerTokens | None, int, Grou
 def _ream(
     layer: SparseLayer, statistics: LayerStatistics, tokens: LayerTokens | None, kept: int, _grouped: Grouped
 ) -> Merged:
-    weights, activation, inputs_TD = layer.read_experts(), layer.activation, _sample(layer, tokens)
+    weights, activation, inputs_TD = layer.view_experts(), layer.activation, _sample(layer, tokens)
     mean_ED = ream.mean_gated_outputs(weights, activation, layer.read_router(), [inputs_TD])
     saliency_E = reap(CriterionInputs(layer.id, statistics))
     groups = ream.pseudo_groups(saliency_E, ream.similarity(mean_ED, statistics.logits_gram_EE), kept)
@@ -40,7 +40,7 @@ def _ream(
 def _mergemoe(
     layer: SparseLayer, statistics: LayerStatistics, tokens: LayerTokens | None, _kept: int, grouped: Grouped
 ) -> Merged:
-    weights, grouping = layer.read_experts(), grouped(statistics.frequency_E)
+    weights, grouping = layer.view_experts(), grouped(statistics.frequency_E)
     routed = _routed(layer, tokens, weights.num_experts)
     return mergemoe.merge(weights, grouping, statistics.frequency_E, routed, layer.activation, layer.id)
 
@@ -48,7 +48,7 @@ def _mergemoe(
 def _gram(
     layer: SparseLayer, statistics: LayerStatistics, _tokens: LayerTokens | None, kept: int, _grouped: Grouped
 ) -> Merged:
-    inputs, weights, sets = CriterionInputs(layer.id, statistics), layer.read_experts(), layer.expert_sets
+    inputs, weights, sets = CriterionInputs(layer.id, statistics), layer.view_experts(), layer.expert_sets
     limits = Limits.none(weights.num_experts)
     limits = replace(limits, group_E=torch.arange(weights.num_experts) // (weights.num_experts // sets))
     grouping = beside(statistics, choose("gram", inputs, kept, limits))

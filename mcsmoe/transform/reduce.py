@@ -171,10 +171,12 @@ class Reduction:
             return made
         if tokens is None:
             raise ValueError(f"layer {layer.id!r}: the refit needs tokens; give --calibration in place of --statistics")
+        # What was installed is the layer's own from here on: a second copy of a large layer is not held.
+        made = replace(made, weights=layer.view_experts())
         report = refit_layer(layer, tokens, self.refitting, reroutes=made.deleted_E is not None)
         return replace(
             made,
-            weights=layer.read_experts(),
+            weights=layer.view_experts(),
             novices=layer.read_novices(),
             shared={name: shared_weight(layer, name).clone() for name in (report.shared,) if name is not None},
             refit=report,
@@ -204,7 +206,7 @@ def pruned(
     seed: int = 0,
 ) -> Reduced:
     """What pruning a layer to ``kept`` experts gives; the layer is only read."""
-    inputs, weights = CriterionInputs(layer.id, statistics, seed), layer.read_experts()
+    inputs, weights = CriterionInputs(layer.id, statistics, seed), layer.view_experts()
     if pruning.needs_tokens:
         return _with_novices(layer, weights, inputs, tokens, kept, pruning, limits)
     kept_K = choose(pruning.criterion, inputs, kept, limits)

@@ -57,7 +57,7 @@ def refit_layer(layer: SparseLayer, tokens: LayerTokens, refitting: Refitting, r
         tokens: with what the layer gave before it was reduced as target.
         reroutes: the layer routes otherwise than the tokens say, and is asked how.
     """
-    weights, activation = layer.read_experts(), layer.activation
+    weights, activation = layer.view_experts(), layer.activation
     table, novices = layer.expert_to_group, layer.read_novices()
     blocks = expert_blocks(weights, activation) + ([] if novices is None else novice_blocks(novices))
     shared = _Shared.of(layer, tokens)
