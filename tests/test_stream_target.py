@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import every_family
 import pytest
 import tiny_models
 import tiny_switch
@@ -113,6 +114,13 @@ def test_a_layer_that_is_not_added_as_it_is_has_no_factor() -> None:
             with pytest.raises(ValueError, match=r"layer 'x': .*refit towards the layer"):
                 stream_factor("x", inner, ways[name], 20, 8)
     assert not inner._forward_hooks
+
+
+def test_a_model_that_reads_earlier_blocks_again_has_no_one_stream(tmp_path: Path) -> None:
+    model = every_family.build("inkling2_text", "Inkling2ForCausalLM")
+    model.save_pretrained(tmp_path / "full")
+    with pytest.raises(ValueError, match=r"are read by more than the next one.*refit towards the layer"):
+        targets(tmp_path / "full", tmp_path / "work", every_family.inputs_of(model), whole=True)
 
 
 def test_a_target_without_a_refit_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -188,8 +188,14 @@ class LayerMajor:
     def _run_whole(self, number: int, path: str) -> None:
         """The states of the whole model through a block that is still as it was."""
         whole = self.whole
-        for batch in range(len(self.batches)) if whole is not None else ():
-            assert whole is not None
+        if whole is None:
+            return
+        if self.replay.lasting:
+            raise ValueError(
+                f"blocks of this model ({', '.join(sorted(self.replay.lasting))}) are read by more than the next one, so there is "
+                "no one stream to refit towards; refit towards the layer"
+            )
+        for batch in range(len(self.batches)):
             saved = partial(self._of_whole, batch)
             whole.put((self.replay.stack_of[path], batch), self.replay.block(number, self.inputs(batch), saved))
 
@@ -204,10 +210,10 @@ class LayerMajor:
         if self.whole is None:
             return None
         layer = layers[0]
-        if self.replay.lasting or len(layers) > 1:
+        if len(layers) > 1:
             raise ValueError(
-                f"layer {layer!r}: its block holds several such layers, or is read by more than the next block, so there is no "
-                "one stream to refit towards; refit towards the layer"
+                f"layer {layer!r}: its block holds {len(layers)} such layers, and the stream is seen behind the last alone; "
+                "refit towards the layer"
             )
         if layer not in self._factors:
             # Experts read the same again, so that what is observed of them stays as it is.
