@@ -116,11 +116,18 @@ def test_a_layer_that_is_not_added_as_it_is_has_no_factor() -> None:
     assert not inner._forward_hooks
 
 
-def test_a_model_that_reads_earlier_blocks_again_has_no_one_stream(tmp_path: Path) -> None:
-    model = every_family.build("inkling2_text", "Inkling2ForCausalLM")
-    model.save_pretrained(tmp_path / "full")
-    with pytest.raises(ValueError, match=r"are read by more than the next one.*refit towards the layer"):
-        targets(tmp_path / "full", tmp_path / "work", every_family.inputs_of(model), whole=True)
+def test_a_model_without_one_stream_is_refused(tmp_path: Path) -> None:
+    odd = every_family.build("inkling2_text", "Inkling2ForCausalLM")
+    odd.save_pretrained(tmp_path / "odd")
+    with pytest.raises(ValueError, match=r"layer 'model\.layers\.0\.mlp': .*refit towards the layer"):
+        targets(tmp_path / "odd", tmp_path / "work", every_family.inputs_of(odd), whole=True)
+    tiny_models.model("qwen3_moe").save_pretrained(tmp_path / "full")
+    given = [DomainBatch("all", tiny_models.batch())]
+    beside = States(tmp_path / "whole", 0)
+    major = LayerMajor(Streamed(tmp_path / "full"), given, States(tmp_path / "own", 0), Options(), whole=beside)
+    major.replay.lasting.add("model.layers.0")
+    with major.open(), pytest.raises(ValueError, match=r"\(model\.layers\.0\) are read by more than the next one"):
+        list(major.blocks(lambda *_: None))
 
 
 def test_a_target_without_a_refit_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
