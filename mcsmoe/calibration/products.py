@@ -1,6 +1,6 @@
 """Matrix products of half precision on processors that have no instructions for it.
 
-Where a processor has none, torch multiplies bfloat16 and float16 some six times slower than float32. A product of numbers
+Where a processor has none, torch multiplies bfloat16 and float16 several times slower than float32 (docs/results.md). A product of numbers
 in half precision is exact in float32, and sums are kept in float32 either way: so operands are widened, multiplied, and
 the result is rounded once, which differs from torch's own product in the order of the sum alone. Weights are widened a
 piece at a time; a float32 copy of a layer would need twice the layer's memory.

@@ -17,7 +17,7 @@ from mcsmoe.criteria.quadratic import Limits
 from mcsmoe.export.packed import Packing
 from mcsmoe.methods import AUTO, TRIED_BUDGETS, TRIED_CRITERIA
 from mcsmoe.transform.on_disk import CheckpointLayers
-from mcsmoe.transform.sizing import Alternative, Sizes, alternatives, novice_alternatives
+from mcsmoe.transform.sizing import Alternative, Sizes, Wanted, alternatives, novice_alternatives
 from mcsmoe.transform.sizing_novices import CONSTANT, RANKS, remainders
 from mcsmoe.types import LayerId
 
@@ -75,17 +75,18 @@ def fit(calibrated: Calibrated, limits: Mapping[LayerId, Limits]) -> dict[str, A
     found: list[Alternative] = []
     statistics = calibrated.layers(source.layers)
     if arguments.dropped in ("delete", AUTO):
-        fewest = least_fewest(calibrated, True)
+        wanted = Wanted(target, sizes, budgets, bounds, criterion, least_fewest(calibrated, True))
         # Novices may come down to a size that deleting cannot: a router that is cut must find enough to choose from.
         with suppress(ValueError) if arguments.dropped == AUTO else nullcontext():
-            found += alternatives(layers, statistics, target, sizes, budgets, bounds, criterion, fewest, group)
+            found += alternatives(layers, statistics, wanted, group)
     if arguments.dropped != "delete":
         # The router is as it was, so that any number of experts will do.
-        bounds, fewest = all_limits(calibrated, False, limits), least_fewest(calibrated, False)
+        bounds = all_limits(calibrated, False, limits)
+        wanted = Wanted(target, sizes, budgets, bounds, criterion, least_fewest(calibrated, False))
         with workspace(arguments) as work:
             ranks = _ranks(arguments, min(layers.structure(layer).read_experts().d_model for layer in source.layers))
             left = remainders(source.folder, calibrated.texts(), ranks, pass_options(arguments), work)
-        found += novice_alternatives(left, statistics, target, sizes, budgets, bounds, criterion, fewest)
+        found += novice_alternatives(left, statistics, wanted)
     if arguments.bits is not None:
         found = [one for one in found if one.bits is not None] or found
     if not found:

@@ -102,15 +102,38 @@ class Sizes:
         return self.bytes(counts, bits) + self.headers * (1 if bits is None else 3)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a size is come down to by.
+
+    Attributes:
+        target: bytes.
+        budgets: ``uniform``, ``predicted``, or both; packed experts are the same number in every layer.
+        limits: of every layer.
+        fewest: experts that every layer keeps at least.
+    """
+
+    target: int
+    sizes: Sizes
+    budgets: Sequence[str]
+    limits: Mapping[LayerId, Limits]
+    criterion: str = "gram"
+    fewest: int = 1
+
+    def curve(self, layer: LayerId, statistics: LayerStatistics) -> Tensor:
+        """float64 [E + 1]: predicted error of a layer with k experts kept."""
+        return relative_curve(layer, statistics, self.criterion, self.limits[layer], self.fewest)
+
+    def usable(self, curves: Mapping[LayerId, Tensor]) -> list[int]:
+        """Numbers of experts that every layer can keep, the largest first."""
+        numbers = sorted(next(iter(self.limits.values())).numbers(self.fewest), reverse=True)
+        return [k for k in numbers if all(k < len(curve) and torch.isfinite(curve[k]) for curve in curves.values())]
+
+
 def novice_alternatives(
     remainders: Mapping[LayerId, Mapping[int, LayerStatistics]],
     statistics: Mapping[LayerId, LayerStatistics],
-    target: int,
-    sizes: Sizes,
-    budgets: Sequence[str],
-    limits: Mapping[LayerId, Limits],
-    criterion: str = "gram",
-    fewest: int = 1,
+    wanted: Wanted,
 ) -> list[Alternative]:
     """As ``alternatives`` where a novice of one of several ranks (0: a constant) answers for each dropped expert.
 
@@ -119,29 +142,21 @@ def novice_alternatives(
         statistics: of the experts' own outputs, by which ``predicted`` spreads them over the layers.
     """
     found: list[Alternative] = []
-    own = {layer: relative_curve(layer, statistics[layer], criterion, limits[layer], fewest) for layer in remainders}
+    own = {layer: wanted.curve(layer, statistics[layer]) for layer in remainders}
+    sizes = wanted.sizes
     for rank in next(iter(remainders.values())):
-        curves = {
-            layer: relative_curve(layer, left[rank], criterion, limits[layer], fewest)
-            for layer, left in remainders.items()
-        }
-        for budget in budgets:
-            for kept in sorted(_usable(curves, limits, fewest), reverse=True):
+        curves = {layer: wanted.curve(layer, left[rank]) for layer, left in remainders.items()}
+        for budget in wanted.budgets:
+            for kept in wanted.usable(curves):
                 counts = dict.fromkeys(curves, kept) if budget == "uniform" else predicted(own, kept)
                 size = sizes.with_novices(counts, rank)
-                if size + sizes.headers > target:
+                if size + sizes.headers > wanted.target:
                     continue
                 pruned = sum(float(curves[layer][count]) for layer, count in counts.items())
                 dropped = "affine" if rank else "constant"
                 found.append(Alternative(budget, kept, None, size, pruned, 0.0, dropped, rank or None))
                 break
     return found
-
-
-def _usable(curves: Mapping[LayerId, Tensor], limits: Mapping[LayerId, Limits], fewest: int) -> list[int]:
-    """Numbers of experts that every layer can keep."""
-    numbers = next(iter(limits.values())).numbers(fewest)
-    return [k for k in numbers if all(k < len(curve) and torch.isfinite(curve[k]) for curve in curves.values())]
 
 
 @torch.no_grad()
@@ -179,20 +194,13 @@ def rounding_errors(
 def alternatives(
     layers: Layers,
     statistics: Mapping[LayerId, LayerStatistics],
-    target: int,
-    sizes: Sizes,
-    budgets: Sequence[str],
-    limits: Mapping[LayerId, Limits],
-    criterion: str = "gram",
-    fewest: int = 1,
+    wanted: Wanted,
     group: int | None = None,
 ) -> list[Alternative]:
-    """The ways to come down to ``target`` bytes, each with as many experts as fit, the smallest predicted error first.
+    """The ways to come down to a size, each with as many experts as fit, the smallest predicted error first.
 
     Args:
-        budgets: ``uniform``, ``predicted``, or both; packed experts are the same number in every layer.
-        limits: of every layer.
-        fewest: experts that every layer keeps at least.
+        group: entries of packed experts that share a scale; None: they cannot be packed.
 
     Raises:
         ValueError: not even the fewest experts in the fewest bits fit; names the size that would.
@@ -202,16 +210,16 @@ def alternatives(
     rounding: dict[LayerId, dict[int, Tensor]] = {}
     for layer in layers.ids:
         whole = statistics[layer]  # read once: it may come from a file
-        curves[layer], small[layer] = relative_curve(layer, whole, criterion, limits[layer], fewest), slim(whole)
-        if group is not None and sizes.packed:
+        curves[layer], small[layer] = wanted.curve(layer, whole), slim(whole)
+        if group is not None and wanted.sizes.packed:
             with layers.open(layer) as opened:
-                rounding[layer] = rounding_errors(opened, whole, list(sizes.packed), group)
-    usable = _usable(curves, limits, fewest)
+                rounding[layer] = rounding_errors(opened, whole, list(wanted.sizes.packed), group)
+    sizes, target = wanted.sizes, wanted.target
     found: list[Alternative] = []
     least = None
-    for budget in budgets:
+    for budget in wanted.budgets:
         for bits in (None, *(sizes.packed if budget == "uniform" else ())):
-            for kept in sorted(usable, reverse=True):
+            for kept in wanted.usable(curves):
                 counts = dict.fromkeys(layers.ids, kept) if budget == "uniform" else predicted(curves, kept)
                 size = sizes.at_most(counts, bits)
                 least = size if least is None else min(least, size)
@@ -221,7 +229,7 @@ def alternatives(
                 rounded = 0.0
                 for layer, count in counts.items() if bits is not None else ():
                     inputs = CriterionInputs(layer, small[layer])
-                    kept_K = choose(criterion, inputs, count, limits[layer])
+                    kept_K = choose(wanted.criterion, inputs, count, wanted.limits[layer])
                     rounded += float(rounding[layer][bits or 0][kept_K].sum()) / energy(small[layer])
                 found.append(Alternative(budget, kept, bits, sizes.bytes(counts, bits), pruned, rounded))
                 break
