@@ -142,6 +142,10 @@ def test_novices_are_among_the_ways(dropped: str, budget: str, place: Path, tmp_
     kinds = {row["dropped"] for row in table}
     assert kinds == ({"delete", "constant", "affine"} if dropped == "auto" else {dropped})
     assert bytes_of(tmp_path / "out") == table[0]["bytes"] <= target
+    stock = tmp_path / "out" / "provenance.json"  # a compact result says it in its configuration
+    told = json.loads((stock if stock.exists() else tmp_path / "out" / "config.json").read_text())
+    settings = told.get("mcsmoe", {}).get("provenance", told)["settings"]
+    assert (settings["dropped"], settings["rank"]) == (table[0]["dropped"], table[0]["rank"] or 16)
     for row in table if dropped == "auto" else ():  # each way is as large as the command makes it
         if row["dropped"] == "delete" or row["budget"] != "uniform":
             continue

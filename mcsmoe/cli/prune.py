@@ -120,6 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
         deletes = arguments.dropped == "delete"
         packing = _reduce.packing(source, arguments, deletes)
         uniform = _reduce.counts(calibrated, deletes, budget="uniform")
+    arguments.rank = RANK if arguments.rank is None else arguments.rank
     if deletes:
         say_engines(source, uniform.values())
     if arguments.budget in ("uniform", methods.AUTO):
@@ -132,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
         counts = _reduce.counts(calibrated, deletes, criterion, budget, limits)
         for layer, limit in limits.items():
             limit.quota(counts[layer], layer)
-        how = Pruning(criterion, arguments.dropped, RANK if arguments.rank is None else arguments.rank)
+        how = Pruning(criterion, arguments.dropped, arguments.rank)
         return Reduction(how, refitting, limits, arguments.seed), counts
 
     settings = {name: getattr(arguments, name) for name in _SETTINGS}
