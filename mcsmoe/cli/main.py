@@ -74,4 +74,12 @@ def _run(arguments: argparse.Namespace) -> None:
     """Run a command, which has what it writes for itself."""
     out = getattr(arguments, "out", None)
     with claimed(out) if out is not None else nullcontext():
-        arguments.run(arguments)
+        try:
+            arguments.run(arguments)
+        except KeyboardInterrupt:
+            # Who stops a command wants nothing of it; what a kill leaves is gone on with.
+            if out is not None:
+                from mcsmoe.cli._beside import forget_beside
+
+                forget_beside(out)
+            raise
