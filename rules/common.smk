@@ -32,7 +32,7 @@ from mcsmoe.artefacts.layout import (
     stage_of,
 )
 from mcsmoe.workflow import config as configuration
-from mcsmoe.workflow import variants
+from mcsmoe.workflow import compared_methods
 from mcsmoe import methods
 from mcsmoe.workflow import provenance
 from mcsmoe.workflow import forkserver
@@ -53,7 +53,7 @@ say_when_nothing_is_planned()
 
 try:
     CONFIG = configuration.complete(config)
-    METHODS = variants.resolve(CONFIG)
+    METHODS = compared_methods.resolve(CONFIG)
     TASKS = names_by_task(CONFIG["tasks"])
     STORE = store_name(CONFIG["results"])
 except ValueError as error:

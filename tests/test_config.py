@@ -13,8 +13,8 @@ import yaml
 from mcsmoe import methods
 from mcsmoe.workflow import config as configuration
 from mcsmoe.workflow import options
+from mcsmoe.workflow.compared_methods import resolve
 from mcsmoe.workflow.schema import schema, section
-from mcsmoe.workflow.variants import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = yaml.safe_load((ROOT / "config.yaml").read_text())

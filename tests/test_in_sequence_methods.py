@@ -18,7 +18,7 @@ from mcsmoe.evaluate.cost import count_parameters, packed_bytes
 from mcsmoe.transform.layers import SparseLayer
 from mcsmoe.transform.rounding import round_layer
 from mcsmoe.workflow import config as configuration
-from mcsmoe.workflow.variants import resolve
+from mcsmoe.workflow.compared_methods import resolve
 
 
 def complete(**more: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mcsmoe import methods
 from mcsmoe.data.tasks import load_task
 from mcsmoe.report import published
 from mcsmoe.workflow import config as configuration
-from mcsmoe.workflow.variants import resolve
+from mcsmoe.workflow.compared_methods import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configurations.md"

@@ -18,7 +18,7 @@ from mcsmoe.report import published
 from mcsmoe.report.drawing import rows_of
 from mcsmoe.report.words import join, number, signed
 from mcsmoe.workflow import config as configuration
-from mcsmoe.workflow.variants import resolve
+from mcsmoe.workflow.compared_methods import resolve
 
 _NEEDED = (
     "model",

@@ -14,7 +14,7 @@ from mcsmoe.artefacts.tables import read_table
 from mcsmoe.report import plots
 from mcsmoe.results.read import Results
 from mcsmoe.tracking.record import RunRecord, final_metrics
-from mcsmoe.workflow.variants import resolve
+from mcsmoe.workflow.compared_methods import resolve
 
 _KEYS = ("task", "variant", "experts", "seed")
 _LEFT_OUT = ("tasks", "seeds", "experts", "variants", "methods", "results")

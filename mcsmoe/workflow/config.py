@@ -14,10 +14,10 @@ from typing import Any
 
 from mcsmoe import methods
 from mcsmoe.workflow import consistency
+from mcsmoe.workflow.compared_methods import resolve
 from mcsmoe.workflow.given_model import num_experts, read_fields
 from mcsmoe.workflow.plain import plain
 from mcsmoe.workflow.schema import fill, schema, section
-from mcsmoe.workflow.variants import resolve
 
 _ROWS = ("train_rows", "validation_rows", "selection_rows")
 SOURCES = ("packages", "texts", "characters")
