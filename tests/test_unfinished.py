@@ -130,6 +130,20 @@ def test_statistics_that_a_killed_run_has_taken_are_not_taken_again(
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
 
 
+def test_who_presses_ctrl_c_finds_no_statistics_left(
+    full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_given: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ((collecting._Run, "commit"), (merging, "merge_layer")):
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, interrupt)
+            with pytest.raises((SystemExit, KeyboardInterrupt)):
+                run(*words(full, "merge", tmp_path / "out"))
+        assert not list(tmp_path.iterdir())
+
+
 def test_statistics_taken_for_other_text_are_not_used(
     full: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
