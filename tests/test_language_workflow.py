@@ -79,7 +79,14 @@ def test_every_stage_runs_and_everything_is_compared_by_document(tmp_path: Path)
     layers = [name for name in metrics.index if name.startswith("layer_error/")]
     assert len(layers) == 2
     assert (metrics[layers] == 0).all()
+    even = read_table(run / "even" / "3e" / "merged_evaluation" / "metrics.parquet", "metrics").set_index("metric")[
+        "value"
+    ]
+    expected = {name.partition("/")[2]: even[name] for name in even.index if name.startswith("expected_error/")}
+    assert len(expected) == 2
+    assert all(0 < error < 1 and even[f"layer_error/{layer}"] > 0 for layer, error in expected.items())
     page = (project.results / "report.html").read_text()
+    assert "error by layer, expected and measured" in page
     assert "Lost by domain" in page
     assert "error by layer, 3 experts on average" in page
     assert "Nothing to be done" in project.run()

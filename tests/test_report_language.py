@@ -34,6 +34,12 @@ def tables() -> tuple[pd.DataFrame, pd.DataFrame]:
             value = lost[row["variant"]] * factor
             bounds = {"value": value, "ci_low": value - 0.01, "ci_high": value + 0.01}
             made.append({**keys, "split": "validation", "metric": metric, **bounds})
+        if row["variant"] == "gram":
+            for layer, value in ((0, 0.02), (1, 0.004)):
+                bounds = {"value": value, "ci_low": np.nan, "ci_high": np.nan, "n": 0}
+                made.append(
+                    {**keys, "split": "validation", "metric": f"expected_error/model.layers.{layer}.mlp", **bounds}
+                )
     return rows, pd.DataFrame(made)
 
 
@@ -68,6 +74,18 @@ def test_errors_of_layers_are_those_of_the_metrics() -> None:
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["layer 0", "layer 1"]
 
 
+def test_what_was_expected_of_layers_stands_beside_what_was_measured() -> None:
+    rows, metrics = tables()
+    table = language.expected(rows, metrics)
+    assert table["variant"].tolist() == ["gram", "gram"]  # others say nothing beforehand
+    assert table["expected"].tolist() == pytest.approx([0.02, 0.004])
+    assert table["measured"].tolist() == pytest.approx([0.03, 0.003])
+    points, diagonal = language.expected_errors(table).axes[0].lines
+    assert points.get_xdata().tolist() == pytest.approx([0.02, 0.004])
+    assert points.get_ydata().tolist() == pytest.approx([0.03, 0.003])
+    assert diagonal.get_xdata().tolist() == diagonal.get_ydata().tolist()
+
+
 def test_the_page_shows_losses_by_domain_and_kept_experts() -> None:
     rows, metrics = tables()
     groups = [
@@ -87,6 +105,7 @@ def test_the_page_shows_losses_by_domain_and_kept_experts() -> None:
     assert "fewer bits, every expert" in text
     assert text.count("loss and size") == 4
     assert "error by layer, 4 experts on average" in text
+    assert "Measured over expected, median: 1.12." in text
     figure = language.kept(groups[:2])
     dark = figure.axes[0].images[0].get_array()
     assert dark.sum(axis=1).tolist() == [int(table["dominant"].sum()) for _, table in groups[:2]]

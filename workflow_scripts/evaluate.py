@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,8 +91,11 @@ def score_answers(arguments: argparse.Namespace, task: Task, given: dict[str, An
 
 def score_texts(arguments: argparse.Namespace, task: Task, given: dict[str, Any], reference: nn.Module | None) -> None:
     """Predict every document beside the full model, and score what was predicted by domain, and what each layer gives."""
+    from mcsmoe.artefacts.names import EXPECTED_ERROR
     from mcsmoe.artefacts.tables import write_table
     from mcsmoe.calibration.layer_errors import LayerErrors
+    from mcsmoe.checkpoint.lineage import expected_errors
+    from mcsmoe.evaluate.confidence import Interval
     from mcsmoe.evaluate.documents import predict_texts
     from mcsmoe.evaluate.domains import scores
 
@@ -105,6 +109,8 @@ def score_texts(arguments: argparse.Namespace, task: Task, given: dict[str, Any]
         with errors.watching():
             documents = predict_texts(**asked)
         by_layer = list(errors.scores(arguments.bootstrap, arguments.seed))
+        for layer, error in expected_errors(arguments.model).items():
+            by_layer.append((f"{EXPECTED_ERROR}/{layer}", Interval(error, math.nan, math.nan, 0)))
     # What was not measured is no score of 0.
     absent = (() if reference is not None else COMPARED) + (() if arguments.continuations else CONTINUED)
     metrics = [name for name in task.metrics if name not in absent]
@@ -123,8 +129,10 @@ def rows_of(
         labels = {"split": arguments.split, "protocol": protocol, "metric": metric}
         bounds = {"value": score.value, "ci_low": score.low, "ci_high": score.high, "n": score.n}
         rows.append({**options.labels(arguments, task.name), **labels, **bounds})
-        words = f"{metric} {score.value:.4f} (95 % interval {score.low:.4f} to {score.high:.4f}, n = {score.n})"
-        console.log.info(words)
+        interval = (
+            "" if math.isnan(score.low) else f" (95 % interval {score.low:.4f} to {score.high:.4f}, n = {score.n})"
+        )
+        console.log.info("%s %.4f%s", metric, score.value, interval)
     return rows
 
 

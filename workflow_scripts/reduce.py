@@ -57,6 +57,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     from mcsmoe.artefacts.tables import frame_of, write_table
     from mcsmoe.calibration.layer_major import Options
+    from mcsmoe.checkpoint.lineage import EXPECTED
     from mcsmoe.checkpoint.streaming import Streamed
     from mcsmoe.device import pick
     from mcsmoe.transform.in_sequence import reduced_in_sequence
@@ -76,6 +77,7 @@ def main(arguments: argparse.Namespace) -> None:
         how = options.record(Merging, arguments)
     kept = counts(source, arguments)
     rows: list[dict[str, Any]] = []
+    expected: dict[LayerId, float] = {}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".reduced-", dir=arguments.out.parent) as folder:
         settings = Options(device=pick(arguments.device), reservoir=arguments.reservoir, seed=arguments.seed)
@@ -86,6 +88,8 @@ def main(arguments: argparse.Namespace) -> None:
             given = weighed(given, kept, arguments, settings, Path(folder) / "statistics")
         for layer, reduced in reduced_in_sequence(arguments.model, given, reduction, kept, settings, run):
             rows += reduced.grouping.rows(layer, reduced.share_E)
+            if reduced.expected is not None:
+                expected[layer] = reduced.expected
 
         def change(layer: LayerId) -> None:
             here = SparseLayer(source.model, source.adapter, layer)
@@ -106,7 +110,8 @@ def main(arguments: argparse.Namespace) -> None:
             "seed",
         )
         told = {name: getattr(arguments, name) for name in names}
-        source.rewrite(arguments.out, change, {"stage": "reduce", "settings": told, **source.origin})
+        provenance = {"stage": "reduce", "settings": told, EXPECTED: expected, **source.origin}
+        source.rewrite(arguments.out, change, provenance)
     write_table(arguments.groups, frame_of(rows, "groups"), "groups")
 
 

@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 LAYER_ERROR = "layer_error"
 """Metrics of layers are called ``layer_error/LAYER``."""
+EXPECTED_ERROR = "expected_error"
+"""What calibration let expect of them: ``expected_error/LAYER``."""
 
 _LONGEST = 80  # bytes; a task's and a method's name stand in one file name together
 _ALLOWED = re.compile(r"[\w .,+()=@~#-]+")

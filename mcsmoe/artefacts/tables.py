@@ -112,7 +112,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         protocol=(_STRING, "rank, rank_normalised, generate, paper_compat or language"),
         metric=(
             _STRING,
-            "metric name; of a domain of texts with /DOMAIN, of the one that lost most with /worst; layer_error/LAYER",
+            "metric name; of a domain of texts with /DOMAIN, of the one that lost most with /worst; layer_error/LAYER, expected_error/LAYER",
         ),
         value=(_FLOAT, "in [0, 1], or nats a token and what follows from them"),
         ci_low=(_FLOAT, "lower end of the 95 % bootstrap interval"),

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mcsmoe.artefacts.names import LAYER_ERROR
+from mcsmoe.artefacts.names import EXPECTED_ERROR, LAYER_ERROR
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +71,7 @@ _UNBOUNDED = ("nats", "nats_lost", "perplexity", "divergence")
 
 def _scores(frame: pd.DataFrame) -> str | None:
     names = frame["metric"].str.partition("/")[0]
-    share = ~names.isin([*_UNBOUNDED, LAYER_ERROR]).to_numpy()
+    share = ~names.isin([*_UNBOUNDED, LAYER_ERROR, EXPECTED_ERROR]).to_numpy()
     values = frame["value"].to_numpy()
     bad = (share & ((values < 0) | (values > 1))) | (~share & (names != "nats_lost").to_numpy() & (values < 0))
     if not bad.any():

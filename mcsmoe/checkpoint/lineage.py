@@ -18,6 +18,8 @@ from mcsmoe.console import log
 PROVENANCE = "provenance.json"
 ANCESTORS = "ancestors"
 """Entry of the provenance: fingerprints of the weights that a checkpoint was made from, the nearest first."""
+EXPECTED = "expected_errors"
+"""Entry of the provenance: by layer the error that it was reduced with, where one could be told beforehand."""
 WEIGHTS = "weights"
 """Entry of provenance.json: fingerprint of the weights it was written for, which others may have replaced since."""
 
@@ -39,6 +41,14 @@ def lineage(folder: str | Path, fingerprint: str | None = None) -> list[str]:
 def origin(folder: str | Path, fingerprint: str | None = None) -> dict[str, Sequence[str]]:
     """The entry of the provenance of a checkpoint that is made from the one in ``folder``."""
     return {ANCESTORS: lineage(folder, fingerprint)}
+
+
+def expected_errors(folder: str | Path) -> dict[str, float]:
+    """By layer what the step that made a checkpoint expected it to lose; empty where nothing was."""
+    found = _provenance(Path(folder), TensorFolder(folder).fingerprint).get(EXPECTED)
+    if not isinstance(found, dict):
+        return {}
+    return {str(layer): float(error) for layer, error in found.items() if isinstance(error, int | float)}
 
 
 def _provenance(folder: Path, own: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from mcsmoe.artefacts.names import LAYER_ERROR
+from mcsmoe.artefacts.names import EXPECTED_ERROR, LAYER_ERROR
 from mcsmoe.report.drawing import FULL, INK, WIDTH, colours, layer_names, legend_below, new_axes, styled
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LOST = "nats_lost"
 BY_LAYER = f"{LAYER_ERROR}/"
+EXPECTED = f"{EXPECTED_ERROR}/"
 _KEY = ["variant", "experts", "seed"]
 
 
@@ -155,6 +156,47 @@ def by_layer(rows: pd.DataFrame, metrics: pd.DataFrame) -> Iterator[tuple[int, p
     for _, part in final.groupby("experts", sort=False):
         table = part.pivot_table("value", "variant", "metric", sort=False)
         yield int(part["experts"].iloc[0]), table.rename(columns=lambda name: name.removeprefix(BY_LAYER))
+
+
+def expected(rows: pd.DataFrame, metrics: pd.DataFrame) -> pd.DataFrame:
+    """What calibration let expect of each layer, and what was measured: ``variant``, ``experts``, ``layer``, both errors.
+
+    Args:
+        rows: table ``summary`` of one task.
+        metrics: table ``metrics`` of the same; means over seeds are taken.
+    """
+    final = metrics.merge(rows[[*_KEY, "stage"]], on=[*_KEY, "stage"])
+    parts = []
+    for name, prefix in (("expected", EXPECTED), ("measured", BY_LAYER)):
+        part = final[final["metric"].str.startswith(prefix)].rename(columns={"value": name})
+        part = part.assign(layer=part["metric"].str.removeprefix(prefix))
+        parts.append(part.groupby(["variant", "experts", "layer"], sort=False, as_index=False)[name].mean())
+    return parts[0].merge(parts[1], on=["variant", "experts", "layer"])
+
+
+@styled
+def expected_errors(table: pd.DataFrame, title: str = "") -> Figure:
+    """The error of each layer as calibration let expect it, and as it was measured; equal ones lie on the line.
+
+    Args:
+        table: as ``expected`` gives it.
+    """
+    colour = colours(table["variant"])
+    figure, axes = new_axes(WIDTH, 3.8 + 0.2 * math.ceil((len(colour) + 1) / 3))
+    handles: dict[str, Any] = {}
+    for variant, part in table.groupby("variant", sort=False):
+        (handles[str(variant)],) = axes.plot(
+            part["expected"], part["measured"], "o", color=colour[str(variant)], markersize=4, alpha=0.85
+        )
+    least, most = (float(getattr(table[["expected", "measured"]].to_numpy(), end)()) for end in ("min", "max"))
+    axes.plot([least, most], [least, most], color=INK, linewidth=0.8)
+    axes.set_xscale("symlog", linthresh=1e-4)
+    axes.set_yscale("symlog", linthresh=1e-4)
+    axes.set(xlabel="expected from calibration", ylabel="measured on the validation texts", title=title)
+    axes.grid()
+    axes.set_axisbelow(True)
+    legend_below(figure, list(handles.values()), list(handles), 3)
+    return figure
 
 
 @styled

@@ -116,6 +116,16 @@ def _language_pictures(task: str, rows: pd.DataFrame, metrics: pd.DataFrame) -> 
         )
         figure = language.layer_errors(table, f"{task}: error by layer, {experts} experts on average")
         made.append(Picture(svg(figure, f"layers-{task}-{experts}"), caption))
+    foretold = language.expected(rows, metrics)
+    if len(foretold):
+        ratio = (foretold["measured"] / foretold["expected"].clip(lower=1e-9)).median()
+        caption = (
+            "Each point is a layer of a method that says beforehand what a layer will lose: by its sums over calibration tokens "
+            f"with every gate as it was, or by the tokens held out of a refit. Measured over expected, median: {ratio:.2f}. "
+            "Above the line a layer loses more than was expected: its router shares weight out anew, or the texts are others."
+        )
+        figure = language.expected_errors(foretold, f"{task}: error by layer, expected and measured")
+        made.append(Picture(svg(figure, f"expected-{task}"), caption))
     return made
 
 

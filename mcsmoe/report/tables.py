@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from mcsmoe.artefacts.names import LAYER_ERROR
+from mcsmoe.artefacts.names import EXPECTED_ERROR, LAYER_ERROR
 from mcsmoe.report.drawing import FULL, colours, rows_of
 from mcsmoe.report.words import number, p_text, scaled, signed
 
@@ -63,7 +63,9 @@ def seed_means(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 def all_scores(metrics: pd.DataFrame) -> list[dict[str, Any]]:
     made = []
-    for row in rows_of(metrics[~metrics["metric"].str.startswith(f"{LAYER_ERROR}/")]):  # a figure shows them
+    for row in rows_of(
+        metrics[~metrics["metric"].str.startswith((f"{LAYER_ERROR}/", f"{EXPECTED_ERROR}/"))]
+    ):  # figures show them
         interval = f"{number(row['ci_low'])} to {number(row['ci_high'])}"
         made.append({**row, "value": number(row["value"]), "interval": interval, "n": f"{row['n']:,}"})
     return made

@@ -92,7 +92,9 @@ def final_metrics(summary: Mapping[str, Any], metrics: pd.DataFrame, cost: Mappi
         parts += [row["stage"]] if row["stage"] != summary["stage"] else []
         parts += [row["protocol"]] if row["protocol"] != summary["protocol"] else []
         name = "/".join([*parts, row["metric"]])
-        found |= {name: row["value"], f"{name}_ci_low": row["ci_low"], f"{name}_ci_high": row["ci_high"]}
+        found[name] = row["value"]
+        if not math.isnan(row["ci_low"]):  # what was only expected has no interval
+            found |= {f"{name}_ci_low": row["ci_low"], f"{name}_ci_high": row["ci_high"]}
     settings = {"experts", "seed", "batch_size", "input_tokens", "label_tokens", "threads"}
     for name, value in cost.items():
         if name not in settings and (isinstance(value, int | float) or getattr(value, "ndim", None) == 0):

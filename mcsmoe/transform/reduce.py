@@ -21,6 +21,7 @@ from mcsmoe.merge.base import Merged
 from mcsmoe.methods import DROPPED
 from mcsmoe.statistics.layer import LayerStatistics
 from mcsmoe.statistics.routing import RoutingStatistics
+from mcsmoe.transform import expected_error
 from mcsmoe.transform.align import Aligner, AlignmentSettings
 from mcsmoe.transform.group import GroupSettings, importance, layer_similarity
 from mcsmoe.transform.layers import SparseLayer
@@ -78,6 +79,7 @@ class Reduced:
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     """By module inside the layer's block, the weight that was refitted with the experts."""
     refit: RefitReport | None = None
+    expected: float | None = None  # error of the layer (``expected_error``); None where nothing tells it beforehand
 
     def stored(self) -> dict[str, Tensor]:
         """The large tensors by name, to keep elsewhere until they are needed."""
@@ -180,6 +182,7 @@ class Reduction:
             novices=layer.read_novices(),
             shared={name: shared_weight(layer, name).clone() for name in (report.shared,) if name is not None},
             refit=report,
+            expected=expected_error.of_refit(report, self.refitting.target, statistics),
         )
 
 
@@ -213,8 +216,11 @@ def pruned(
     grouping = beside(statistics, kept_K)
     leads_E = grouping.leads()
     chosen = weights.select(kept_K)
-    deleted_E = ~leads_E if pruning.dropped == "delete" else None
-    return Reduced(grouping, leads_E.double(), chosen, grouping.expert_to_group.clone(), deleted_E)
+    table_E = grouping.expert_to_group.clone()
+    if pruning.dropped != "delete":  # a kept expert answers, whatever it would be that it gives
+        return Reduced(grouping, leads_E.double(), chosen, table_E)
+    expected = expected_error.of_dropping(inputs, ~leads_E)
+    return Reduced(grouping, leads_E.double(), chosen, table_E, ~leads_E, expected=expected)
 
 
 def _with_novices(
@@ -230,11 +236,12 @@ def _with_novices(
     if tokens is None:
         raise ValueError(f"layer {layer!r}: novices are fitted on tokens; give --calibration in place of --statistics")
     novices = fit_novices(weights, activation, tokens, pruning.rank if pruning.dropped == "affine" else 0)
+    left: CriterionInputs | None = None
     if pruning.criterion in QUADRATICS:
         # What is lost is what a novice does not give.
         remainder = remainder_sums(weights, activation, tokens, novices)
-        left = replace(inputs.statistics, outputs=remainder)
-        kept_K = choose(pruning.criterion, replace(inputs, statistics=left), kept, limits)
+        left = replace(inputs, statistics=replace(inputs.statistics, outputs=remainder))
+        kept_K = choose(pruning.criterion, left, kept, limits)
     else:
         kept_K = choose(pruning.criterion, inputs, kept, limits)
     grouping = beside(inputs.statistics, kept_K)
@@ -243,7 +250,8 @@ def _with_novices(
     table_E[kept_K] = torch.arange(kept)
     table_E[~leads_E] = torch.arange(kept, experts)
     chosen, answers = weights.select(kept_K), novices.select((~leads_E).nonzero()[:, 0])
-    return Reduced(grouping, leads_E.double(), chosen, table_E, novices=answers)
+    expected = None if left is None else expected_error.of_dropping(left, ~leads_E, inputs.statistics)
+    return Reduced(grouping, leads_E.double(), chosen, table_E, novices=answers, expected=expected)
 
 
 # -- merging -----------------------------------------------------------------------------------------------------

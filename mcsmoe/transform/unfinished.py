@@ -137,6 +137,7 @@ def _save(path: Path, reduced: Reduced, weights: bool) -> None:
         "refit": None if reduced.refit is None else asdict(reduced.refit),
         "novices": reduced.novices is not None,
         "shared": list(reduced.shared),
+        "expected": reduced.expected,
     }
     tensors["plain"] = torch.tensor(list(json.dumps(plain).encode()), dtype=torch.uint8)
     save_tensors(path, {**tensors, **(reduced.stored() if weights else {})})
@@ -160,4 +161,5 @@ def _load(path: Path) -> Reduced:
         novices,
         {name: tensors[f"shared.{name}"] for name in plain["shared"]},
         None if plain["refit"] is None else RefitReport(**plain["refit"]),
+        plain.get("expected"),
     )
