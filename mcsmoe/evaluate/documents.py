@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 LONGEST_PERIOD = 64
 REPEATS = 4
-_CELLS = 2**25  # logits looked at together
+_CELLS = {"cpu": 2**20}  # logits looked at together: what the cache holds; else what fills a GPU
 
 
 def tokenise_texts(
@@ -101,7 +101,8 @@ def _sums(model: nn.Module, reference: nn.Module | None, batch: Batch) -> list[d
             f"the reference predicts {other_BTV.shape[-1]} tokens, the model {logits_BTV.shape[-1]}; give the model it came "
             "from"
         )
-    step = max(1, _CELLS // (logits_BTV.shape[1] * logits_BTV.shape[2]))
+    cells = _CELLS.get(logits_BTV.device.type, 2**25)
+    step = max(1, cells // (logits_BTV.shape[1] * logits_BTV.shape[2]))
     made: list[dict[str, float]] = []
     for start in range(0, len(logits_BTV), step):
         part = slice(start, start + step)
