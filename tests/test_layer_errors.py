@@ -111,3 +111,27 @@ def test_a_layer_that_gives_nothing_loses_what_it_gave() -> None:
         documents.predict_texts(model, tokenizer, EXAMPLES[:1], batch_size=1, reference=reference, show=False, **LIMITS)
     hook.remove()
     assert float(errors._error[layer][0]) == pytest.approx(float(kept[0].double().square().sum()), rel=1e-5)
+
+
+def test_a_router_with_fewer_outputs_is_watched_where_the_model_asks_for_router_logits() -> None:
+    """What the library gathers of the full model's routers must not have the reduced ones among it."""
+    tokenizer = train_tokenizer(TEXTS, 80, 4, lowercase=True)
+    reference = tiny_models.model("qwen3_moe", vocab_size=len(tokenizer)).eval()
+    model, adapter = copy.deepcopy(reference), adapter_for(reference)
+    layer = adapter.layers(model)[0]
+    experts = adapter.num_experts(model, layer)
+    dropped_E = torch.arange(experts) >= experts // 2
+    kept = adapter.read_experts(model, layer).select(torch.arange(experts // 2))
+    adapter.drop_experts(model, layer, kept, torch.arange(experts).clamp(max=experts // 2 - 1), dropped_E)
+    found = []
+    for asked in (False, True):
+        reference.config.output_router_logits = model.config.output_router_logits = asked
+        errors = LayerErrors(model, reference)
+        with errors.watching():
+            table = documents.predict_texts(
+                model, tokenizer, EXAMPLES, batch_size=5, reference=reference, show=False, **LIMITS
+            )
+        found.append((table.drop(columns=["looping", "distinct_4grams"]), list(errors.scores(100, 0))))
+    pd.testing.assert_frame_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert found[0][1][0][1].value > 0

@@ -15,6 +15,7 @@ from mcsmoe.console import progress
 from mcsmoe.data.collate import Tokenised, collate, evaluation_batches, tokenize
 from mcsmoe.data.vocabulary import vocabulary_of
 from mcsmoe.evaluate.encoding import device_of, is_causal
+from mcsmoe.evaluate.passes import quiet
 from mcsmoe.types import IGNORED, Batch
 
 if TYPE_CHECKING:
@@ -94,8 +95,12 @@ def _placed(chosen: Sequence[int], values: Sequence[float], length: int) -> np.n
 
 
 def _sums(model: nn.Module, reference: nn.Module | None, batch: Batch) -> list[dict[str, float]]:
-    logits_BTV = model(**model_inputs(model, batch), use_cache=False).logits
-    other_BTV = None if reference is None else reference(**model_inputs(reference, batch), use_cache=False).logits
+    logits_BTV = model(**model_inputs(model, batch), use_cache=False, **quiet(model)).logits
+    other_BTV = (
+        None
+        if reference is None
+        else reference(**model_inputs(reference, batch), use_cache=False, **quiet(reference)).logits
+    )
     if other_BTV is not None and other_BTV.shape[-1] != logits_BTV.shape[-1]:
         raise ValueError(
             f"the reference predicts {other_BTV.shape[-1]} tokens, the model {logits_BTV.shape[-1]}; give the model it came "

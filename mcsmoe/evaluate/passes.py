@@ -20,7 +20,7 @@ Rows = Sequence[tuple[int, tuple[int, ...]]]  # decoder rows: number of the sour
 _LOGITS = 2**25  # logits held at a time, 128 MiB in float32
 
 
-def _quiet(model: Any) -> dict[str, bool]:
+def quiet(model: Any) -> dict[str, bool]:
     """Models whose configuration asks for router logits would compute a balance loss for nothing."""
     return {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
 
@@ -109,7 +109,7 @@ def _encoder_decoder(model: Any, wording: Wording, sources: Sequence[Sequence[in
     """Runs the encoder once; the function returned gives [N, T, V] logits of rows (number of the source, inputs)."""
     device = device_of(model)
     ids, mask = _padded(sources, wording.pad, device)
-    encoded = model.get_encoder()(input_ids=ids, attention_mask=mask, **_quiet(model))
+    encoded = model.get_encoder()(input_ids=ids, attention_mask=mask, **quiet(model))
 
     def logits_of(rows: Rows) -> Tensor:
         owner = torch.tensor([number for number, _ in rows], device=device)
@@ -121,7 +121,7 @@ def _encoder_decoder(model: Any, wording: Wording, sources: Sequence[Sequence[in
             attention_mask=mask[owner],
             decoder_input_ids=inputs,
             use_cache=False,
-            **_quiet(model),
+            **quiet(model),
         )
         return done.logits
 
@@ -141,7 +141,7 @@ def _decoder_only(model: Any, wording: Wording, sources: Sequence[Sequence[int]]
         kept = 1 + max(len(row) for _, row in rows)
         if "logits_to_keep" in accepts:
             extra["logits_to_keep"] = kept
-        done = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra, **_quiet(model))
+        done = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra, **quiet(model))
         return _shifted(done.logits[:, -kept:], [kept - 1 - len(row) for _, row in rows])
 
     return logits_of
