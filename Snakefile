@@ -34,6 +34,7 @@ include: "rules/compress.smk"
 include: "rules/evaluate.smk"
 include: "rules/profile_cost.smk"
 include: "rules/summarise.smk"
+include: "rules/draw_report.smk"
 include: "rules/publish.smk"
 
 

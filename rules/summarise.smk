@@ -1,10 +1,9 @@
 rule summarise:
-    # One table of everything, and the report.
+    # One table of everything.
     input:
         unpack(everything_measured),
     output:
         summary=PLACES.summary,
-        report=PLACES.report,
     log:
         **logs("summarise", "all"),
     conda:
@@ -15,15 +14,13 @@ rule summarise:
         runtime=30,
     params:
         **job("summarise", FRESH),
-        drawn_with=digest_of(*REPORT_FILES),
         results=lambda wildcards: RESULTS,
-        benchmarks=PLACES.benchmarks,
         runs=RUN_LIST,
         configuration=CONFIG_JSON,
     message:
-        "summarise and report"
+        "summarise"
     shell:
         command(
             "--results {params.results:q} --runs {params.runs:q} --configuration {params.configuration:q} "
-            "--benchmarks {params.benchmarks:q} --summary {output.summary:q} --report {output.report:q} "
+            "--summary {output.summary:q} "
         )
