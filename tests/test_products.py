@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mcsmoe.calibration import products
-from mcsmoe.calibration.products import WidenedProducts, fast_products
+from mcsmoe.calibration.products import WidenedProducts, fast_products, slow_types
 
 ROWS, WIDTH, OUT, EXPERTS = 96, 320, 288, 3
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -100,13 +100,14 @@ def _outside(left: Tensor, right: Tensor) -> Tensor:
 
 def test_a_processor_with_instructions_is_left_alone(monkeypatch: pytest.MonkeyPatch, pieces: list[int]) -> None:
     monkeypatch.setattr(products, "has_instructions", lambda dtype: dtype is torch.bfloat16)
-    with fast_products():
+    halves = [RIGHT.to(dtype) for dtype in (torch.bfloat16, torch.float16)]
+    with fast_products(slow_types(halves)):
         LEFT.to(torch.bfloat16) @ RIGHT.to(torch.bfloat16).T
         assert not pieces
         LEFT.to(torch.float16) @ RIGHT.to(torch.float16).T
     assert len(pieces) == 1
     monkeypatch.setattr(products, "has_instructions", lambda _dtype: True)
-    with fast_products():
+    with fast_products(slow_types(halves)):
         LEFT.to(torch.float16) @ RIGHT.to(torch.float16).T
     assert len(pieces) == 1
 

@@ -8,7 +8,7 @@ piece at a time; a float32 copy of a layer would need twice the layer's memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -36,9 +36,14 @@ def has_instructions(dtype: torch.dtype) -> bool:
     return bool(asked())
 
 
-def fast_products() -> AbstractContextManager[Any]:
-    """Products of half precision on the processor are widened in this context, where that is faster."""
-    slow = [dtype for dtype in _HALF if not has_instructions(dtype)]
+def slow_types(weights: Iterable[Tensor]) -> list[torch.dtype]:
+    """Types of half precision that this processor multiplies slowly and that large enough matrices among ``weights`` have."""
+    there = {one.dtype for one in weights if one.dtype in _HALF and one.numel() >= _WEIGHTS}
+    return [dtype for dtype in _HALF if dtype in there and not has_instructions(dtype)]
+
+
+def fast_products(slow: Sequence[torch.dtype]) -> AbstractContextManager[Any]:
+    """Products of these types on the processor are widened in this context; no type costs nothing."""
     return WidenedProducts(slow) if slow else nullcontext()
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from mcsmoe.calibration.products import fast_products
+from mcsmoe.calibration.products import fast_products, slow_types
 from mcsmoe.types import Batch, LayerId
 
 Saved = Callable[[str], Any]
@@ -143,6 +143,7 @@ class Replay:
     _output: Any = None
     _last: dict[str, int] = field(default_factory=dict)
     _spoiled: dict[str, Any] = field(default_factory=dict)
+    _slow: dict[int | None, list[torch.dtype]] = field(default_factory=dict)  # by number of the block that is run
 
     def __post_init__(self) -> None:
         self.stack_of = {block: stack for stack, blocks in self.stacks.items() for block in blocks}
@@ -257,8 +258,10 @@ class Replay:
     def _run(self, stop: int | None, inputs: Batch, saved: Saved, entered: bool = False) -> Any:
         self._calls, self._stop, self._saved, self._entered = 0, stop, saved, entered
         self._last = {self.stack_of[path]: number for number, path in enumerate(self.order[:stop])}
+        if stop not in self._slow:
+            self._slow[stop] = slow_types(self.model.parameters())
         try:
-            with fast_products():
+            with fast_products(self._slow[stop]):
                 return self.model(**inputs, use_cache=False)
         except _Halt:
             return None
