@@ -1,5 +1,5 @@
 rule cache_teacher:
-    # The full model answers the training set once; every student learns from what is kept here.
+    # The full model answers what its students learn from once; what is kept here serves them all.
     input:
         model=RUN.full,
         train=RUN.examples("train"),
@@ -22,10 +22,12 @@ rule cache_teacher:
             {key: CONFIG["evaluate"][key] for key in ("batch_size", "threads")}
         ),
         limits=limits(),
+        students=students,
     message:
         "cache the teacher of {wildcards.task}, seed {wildcards.seed}"
     shell:
         command(
             "--model {input.model:q} --train {input.train:q} --device={params.device:q} "
+            "--students {params.students:q} --seed {wildcards.seed} "
             "--out {output.teacher:q} --tokens {params.tokens:q} {params.limits} {params.options} "
         )

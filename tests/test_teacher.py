@@ -9,9 +9,10 @@ import pytest
 import tiny_switch
 import torch
 
-from mcsmoe.data.collate import Tokenised, collate, evaluation_batches
+from mcsmoe.data.collate import TaskBatches, Tokenised, collate, evaluation_batches
 from mcsmoe.train.losses import cross_entropy_sum, distillation_sum
 from mcsmoe.train.objectives import RecoveryObjective
+from mcsmoe.train.stages import rows_learnt
 from mcsmoe.train.teacher import TeacherCache, cache_teacher
 from mcsmoe.types import IGNORED
 
@@ -59,6 +60,34 @@ def test_loss_and_gradient_are_those_of_the_online_teacher(tmp_path: Path) -> No
         for one, other in zip(ours, theirs, strict=True):
             if one is not None and other is not None:
                 assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_no_student_sees_are_left_out_and_said_to_be(tmp_path: Path) -> None:
+    teacher, train = tiny_switch.model(seed=1), examples()
+    settings = {"steps": 3, "epochs": 1, "batch_size": 4}
+    seen = rows_learnt(settings, train, seed=6)
+    batches = TaskBatches(train, 4, seed=6)
+    assert seen == {row for step in range(3) for row in batches.indices(step).tolist()}
+    assert 3 * 4 - 3 <= len(seen) <= 3 * 4
+    cache_teacher(
+        teacher,
+        evaluation_batches(train, 4, seen),
+        lambda indices: collate(train, indices),
+        train.label_lengths.tolist(),
+        tmp_path / "some",
+        {"examples": train.digest},
+        torch.device("cpu"),
+    )
+    make_cache(tmp_path / "all", teacher, train)
+    some, every = (TeacherCache(tmp_path / name, train.digest) for name in ("some", "all"))
+    assert len(some.states) == train.label_lengths[sorted(seen)].sum()
+    rows = torch.tensor(sorted(seen))
+    torch.testing.assert_close(some.logits(rows, rows.device), every.logits(rows, rows.device))
+    absent = next(row for row in range(len(train)) if row not in seen)
+    with pytest.raises(ValueError, match=rf"example {absent} is not in it"):
+        some.logits(torch.tensor([rows[0], absent]), rows.device)
+    for whole in ({"steps": 6, "epochs": 1, "batch_size": 4}, {"steps": None, "epochs": 1, "batch_size": 4}):
+        assert rows_learnt(whole, train, seed=6) == set(range(len(train)))
 
 
 def test_a_cache_holds_decoder_states_and_nothing_larger(tmp_path: Path) -> None:

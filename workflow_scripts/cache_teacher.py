@@ -1,8 +1,9 @@
-"""Run the full model once over the training set and keep its final decoder states, for every student to learn from."""
+"""Run the full model once over the rows that students learn from, and keep its final decoder states for all of them."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from mcsmoe import console
@@ -15,6 +16,13 @@ def parse() -> argparse.Namespace:
     parser = console.parser(__doc__, EXAMPLE)
     parser.add_argument("--model", type=Path, required=True, help="the full model")
     parser.add_argument("--train", type=Path, required=True, help="training examples")
+    parser.add_argument(
+        "--students",
+        type=json.loads,
+        help='JSON, steps, epochs and batch_size of each training, such as \'[{"steps": 60, "epochs": 1, "batch_size": 16}]\'; '
+        "only the rows that one of them sees are kept; all rows if left out",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the students' order of rows")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, required=True, help="written: folder of the cache")
     options.add_tokens(parser)
@@ -32,6 +40,7 @@ def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.data.vocabulary import vocabulary_of
     from mcsmoe.device import pick
     from mcsmoe.evaluate.encoding import is_causal
+    from mcsmoe.train.stages import rows_learnt
     from mcsmoe.train.teacher import cache_teacher
 
     torch.set_num_threads(arguments.threads)
@@ -41,9 +50,13 @@ def main(arguments: argparse.Namespace) -> None:
     limits = (arguments.max_input, arguments.max_label, arguments.tokens)
     causal = is_causal(model)
     train = tokenize(rows, tokenizer, *limits, vocabulary=vocabulary_of(model), where=arguments.train, causal=causal)
+    seen = None
+    if arguments.students:
+        seen = set().union(*(rows_learnt(one, train, arguments.seed) for one in arguments.students))
+        console.log.info("%d of %d rows are learnt from", len(seen), len(train))
     cache_teacher(
         model,
-        evaluation_batches(train, arguments.batch_size),
+        evaluation_batches(train, arguments.batch_size, seen),
         lambda indices: collate(train, indices),
         train.label_counts.tolist(),
         arguments.out,

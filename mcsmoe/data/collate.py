@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -246,9 +246,15 @@ class TaskBatches:
         return collate(self.tokenised, self.indices(step))
 
 
-def evaluation_batches(tokenised: Tokenised, batch_size: int) -> list[list[int]]:
-    """Examples of each batch, every example once, longest first, so that memory runs out at once or not at all."""
+def evaluation_batches(tokenised: Tokenised, batch_size: int, rows: Collection[int] | None = None) -> list[list[int]]:
+    """Examples of each batch, every example once, longest first, so that memory runs out at once or not at all.
+
+    Args:
+        rows: only these examples.
+    """
     order = np.lexsort((-tokenised.label_lengths, -tokenised.input_lengths))
+    if rows is not None:
+        order = order[np.isin(order, np.fromiter(rows, dtype=np.int64))]
     return [order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size)]
 
 

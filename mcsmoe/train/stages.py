@@ -41,6 +41,15 @@ def total_steps(settings: Mapping[str, Any], rows: int) -> tuple[int, int]:
     return settings["steps"] or max(1, math.ceil(settings["epochs"] * per_epoch)), per_epoch
 
 
+def rows_learnt(settings: Mapping[str, Any], train: Tokenised, seed: int) -> set[int]:
+    """Training rows that a stage with these settings comes to see."""
+    steps, per_epoch = total_steps(settings, len(train))
+    if steps >= per_epoch:
+        return set(range(len(train)))
+    batches = TaskBatches(train, settings["batch_size"], seed)
+    return {row for step in range(steps) for row in batches.indices(step).tolist()}
+
+
 def plan_of(settings: Mapping[str, Any], rows: int, seed: int) -> TrainingPlan:
     """The plan that a section of the configuration describes, for so many training rows."""
     steps, per_epoch = total_steps(settings, rows)

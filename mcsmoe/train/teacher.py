@@ -1,4 +1,4 @@
-"""The teacher's cache: the full model runs once over the training set, and only its final states are kept.
+"""The teacher's cache: the full model runs once over what its students learn from, and only its final states are kept.
 
 Its logits are recomputed from the states with its own output matrix, the very product the model makes, so a student
 sees the online teacher's logits without paying for its forward pass in any epoch.
@@ -53,6 +53,12 @@ class TeacherCache:
     def logits(self, rows: Tensor, device: torch.device) -> Tensor:
         """[N, V]: teacher logits at the label positions of the given examples, in their order."""
         spans = [np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows.tolist()]
+        absent = [row for row, span in zip(rows.tolist(), spans, strict=True) if not len(span)]
+        if absent:
+            raise ValueError(
+                f"teacher cache {self.folder}: example {absent[0]} is not in it, for it was made for a shorter training; delete it "
+                "and run again"
+            )
         states_ND = torch.from_numpy(self.states[np.concatenate(spans)]).to(device)
         if self.weight_VD.device != device:
             self.weight_VD = self.weight_VD.to(device)
@@ -76,17 +82,20 @@ def cache_teacher(
     info: dict[str, Any],
     device: torch.device,
 ) -> None:
-    """Run ``model`` once over all examples and write its final decoder states.
+    """Run ``model`` once over the examples of ``batches`` and write its final decoder states.
 
     Args:
-        batches: example indices, every example exactly once.
+        batches: example indices, every example that a student learns from exactly once.
         batch_of: from indices to the model's inputs with labels.
         label_counts: label tokens per example; decides where its states are stored.
         folder: created atomically.
         info: written as JSON; ``examples`` is the digest students must show.
     """
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
-    offsets = np.concatenate([[0], np.cumsum(np.asarray(label_counts, dtype=np.int64))])
+    stored = np.zeros(len(label_counts), dtype=np.int64)
+    for indices in batches:
+        stored[indices] = np.asarray(label_counts, dtype=np.int64)[indices]
+    offsets = np.concatenate([[0], np.cumsum(stored)])
     seen: list[Tensor] = []
     handle = output.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     model.eval()

@@ -103,6 +103,19 @@ def teacher(section):
     return made
 
 
+def students(wildcards):
+    """How much of the training set the stages see that learn from the teacher, JSON."""
+    used = [METHODS[variant] for variant in CONFIG["variants"]]
+    used += [METHODS[method.parent] for method in used if method.parent is not None]
+    made = {stage for method in used for stage in methods.stages(method)}
+    asked = []
+    for stage, section in (("recovered", "recover"), ("compressed", "compress")):
+        settings = configuration.stage_settings(CONFIG, section, wildcards.task)
+        if stage in made:
+            asked.append({key: settings[key] for key in ("steps", "epochs", "batch_size")})
+    return json.dumps(asked)
+
+
 def whitening_input(wildcards):
     """Routing statistics, where the decomposition weighs inputs by how often they occur."""
     run = PLACES.run(wildcards.task, wildcards.seed)
