@@ -141,6 +141,28 @@ def costs(evaluation: Path) -> Path:
     return evaluation.with_name(evaluation.name.removesuffix("_evaluation") + "_cost") / "cost.parquet"
 
 
+def layers(folders: Folders) -> Iterable[str]:
+    """Error by layer as calibration let expect it, and as it was measured: means over seeds, of methods that say it beforehand."""
+    import pandas as pd
+
+    from mcsmoe.artefacts.names import EXPECTED_ERROR, LAYER_ERROR
+    from mcsmoe.artefacts.tables import read_table
+
+    head = True
+    for method, seeds in folders.items():
+        table = pd.concat([read_table(folder / "metrics.parquet", "metrics") for folder in seeds.values()])
+        value = table.groupby("metric", sort=False)["value"].mean()
+        names = [name.partition("/")[2] for name in value.index if name.startswith(f"{EXPECTED_ERROR}/")]
+        if not names:
+            continue
+        if head:
+            yield f"| expected, measured | {' | '.join(names)} |"
+            yield "|---" * (1 + len(names)) + "|"
+            head = False
+        cells = [f"{value[f'{EXPECTED_ERROR}/{name}']:.3f}, {value[f'{LAYER_ERROR}/{name}']:.3f}" for name in names]
+        yield f"| `{method}` | {' | '.join(cells)} |"
+
+
 # -- claims ------------------------------------------------------------------------------------------------------
 def compared(one: Mapping[int, Path], other: Mapping[int, Path], domain: str = "") -> tuple[Comparison, list[float]]:
     """``one`` against ``other`` over the seeds that both have, and by seed the nats a token that it loses less."""
@@ -244,7 +266,7 @@ def main(results: Path, task: str, numbers: Sequence[int]) -> None:
             raise ValueError(
                 f"--results is {results}, which has no evaluation of the full model on {task}; run the workflow"
             )
-        print(f"\n{experts} experts\n\n" + "\n".join(rows(folders)))
+        print(f"\n{experts} experts\n\n" + "\n".join([*rows(folders), "", *layers(folders)]))
         every += claims_of(folders, experts)
         seeds = {method: sorted(of) for method, of in folders.items()}
         short = [method for method, of in seeds.items() if of != seeds["full"]]

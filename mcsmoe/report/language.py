@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LOST = "nats_lost"
 BY_LAYER = f"{LAYER_ERROR}/"
 EXPECTED = f"{EXPECTED_ERROR}/"
+_LEAST_ERROR = 1e-5  # of a layer; smaller ones are drawn there
 _KEY = ["variant", "experts", "seed"]
 
 
@@ -186,12 +187,23 @@ def expected_errors(table: pd.DataFrame, title: str = "") -> Figure:
     handles: dict[str, Any] = {}
     for variant, part in table.groupby("variant", sort=False):
         (handles[str(variant)],) = axes.plot(
-            part["expected"], part["measured"], "o", color=colour[str(variant)], markersize=4, alpha=0.85
+            *(part[name].clip(lower=_LEAST_ERROR) for name in ("expected", "measured")),
+            "o",
+            color=colour[str(variant)],
+            markersize=4,
+            alpha=0.85,
         )
-    least, most = (float(getattr(table[["expected", "measured"]].to_numpy(), end)()) for end in ("min", "max"))
+    shown = table[["expected", "measured"]].clip(lower=_LEAST_ERROR).to_numpy()
+    least, most = float(shown.min()) / 1.2, float(shown.max()) * 1.2
     axes.plot([least, most], [least, most], color=INK, linewidth=0.8)
-    axes.set_xscale("symlog", linthresh=1e-4)
-    axes.set_yscale("symlog", linthresh=1e-4)
+    ticks = [
+        digit * 10.0**power for power in range(-6, 3) for digit in (1, 2, 5) if least <= digit * 10.0**power <= most
+    ]
+    for scale, place in ((axes.set_xscale, axes.set_xticks), (axes.set_yscale, axes.set_yticks)):
+        scale("log")
+        place(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlim=(least, most), ylim=(least, most))
     axes.set(xlabel="expected from calibration", ylabel="measured on the validation texts", title=title)
     axes.grid()
     axes.set_axisbelow(True)
