@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import tiny_models
 import tiny_switch
 import torch
 from torch import nn
 
+import mcsmoe
+from mcsmoe.adapters.registry import adapter_for
 from mcsmoe.artefacts.tables import SCHEMAS
 from mcsmoe.evaluate import cost
+from mcsmoe.types import Novices
 from mcsmoe.workflow import forkserver
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +30,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("a checkpoint") / "full"
     tiny_switch.model().save_pretrained(path)
     return path
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_model_with_novices_is_measured(rank: int, tmp_path: Path) -> None:
+    """A constant novice costs nothing but its sum, one of rank r two thin products; the layer is counted beside the full one."""
+    model = tiny_models.model("qwen3_moe").eval()
+    adapter = adapter_for(model)
+    layer = adapter.layers(model)[0]
+    experts, width = adapter.num_experts(model, layer), model.config.hidden_size
+    inputs = cost.batch(model, SETTINGS)
+    with torch.no_grad():
+        before = cost.count_flops(lambda: model(**inputs))
+        with adapter.capture(model) as captured:
+            model(**inputs)
+    by_novices = int((captured.batches[layer].chosen_TK != 0).sum())
+    weights = adapter.read_experts(model, layer).select(torch.arange(1))
+    factors = (torch.randn(experts - 1, width, rank), torch.randn(experts - 1, rank, width)) if rank else (None, None)
+    novices = Novices(torch.randn(experts - 1, width), *factors)
+    adapter.write_novices(model, layer, weights, torch.arange(experts), novices)
+    mcsmoe.save(model, tmp_path / "made")
+    found = cost.measure_here(tmp_path / "made", SETTINGS, 1, lambda: mcsmoe.load(tmp_path / "made"))
+    expert, novice = 3 * 2 * width * model.config.moe_intermediate_size, 2 * 2 * width * rank
+    assert by_novices > 0
+    assert found["flops"] == before - by_novices * (expert - novice)
 
 
 def test_flops_of_a_linear_layer_are_the_closed_form() -> None:

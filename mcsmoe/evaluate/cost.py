@@ -155,6 +155,8 @@ def measure_here(
     empty = resident_memory(device)
     model = load()
     resident = resident_memory(device) - empty
+    # Who counts operations watches gradients too, and fails at a module that gives a parameter as it is.
+    model.requires_grad_(False)
     inputs = batch(model, settings)
     with torch.inference_mode():
         # Before anything else is counted: counting must not raise the high-water mark.
