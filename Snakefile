@@ -48,6 +48,7 @@ rule all:
 onstart:
     take_lock()
     keep_libraries_loaded()
+    schedule_when_jobs_end()
 
 
 onsuccess:

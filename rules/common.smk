@@ -208,6 +208,16 @@ def keep_libraries_loaded():
         forkserver.start()
 
 
+def schedule_when_jobs_end():
+    """Let Snakemake look for jobs to start when one has ended, and at no other time, where all of them run on this machine.
+
+    Its limit on jobs a second, which is always set, makes every look start a timer of a second that asks for another one, so
+    that after a hundred jobs it looks a hundred times a second at the files of all jobs that could start.
+    """
+    if not workflow.non_local_exec:
+        workflow.scheduler.job_rate_limiter = None
+
+
 def show_ending():
     from mcsmoe.results.text import ending
 

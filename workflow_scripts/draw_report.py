@@ -24,12 +24,13 @@ def parse() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> None:
     from mcsmoe.artefacts.tables import read_table
-    from mcsmoe.report import page as report
+    from mcsmoe.report import page
     from mcsmoe.results.read import Results
+    from mcsmoe.results.report import report_inputs
 
     found = Results.read(arguments.results, arguments.runs, arguments.configuration)
     summary = read_table(arguments.summary, "summary")
-    report.write(arguments.report, found.report_inputs(summary, arguments.benchmarks))
+    page.write(arguments.report, report_inputs(found, summary, arguments.benchmarks))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import pandas as pd
 from mcsmoe import methods
 from mcsmoe.artefacts.layout import FULL_CHECKPOINT, Places, checkpoints, stage_of
 from mcsmoe.artefacts.tables import read_table
-from mcsmoe.report.page import ReportInputs
 from mcsmoe.results.summary import Run
 
 _PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy", "pandas", "pyarrow", "snakemake", "mlflow")
@@ -56,44 +55,3 @@ class Results:
             if table.is_file() and full == (run.variant == methods.FULL):
                 found[stage_of(name).section] = read_table(table, "training")
         return {stage: curve for stage, curve in found.items() if len(curve)}
-
-    # -- report --------------------------------------------------------------------------------------------------
-    def report_inputs(self, summary: pd.DataFrame, benchmarks: Path | None) -> ReportInputs:
-        """What the report shows."""
-        training = []
-        for run in self.final:
-            for stage, curve in self.curves(run).items():
-                training.append(({**run.labels, "stage": stage}, curve))
-        places = {(run.task, run.seed): run for run in self.final}
-        return ReportInputs(
-            summary=summary,
-            metrics=pd.concat([read_table(run.table("metrics"), "metrics") for run in self.runs], ignore_index=True),
-            cost=pd.concat([read_table(run.table("cost"), "cost") for run in self.runs], ignore_index=True),
-            training=training,
-            routing=[
-                ({"task": task, "seed": seed}, read_table(Path(run.places.routing), "routing"))
-                for (task, seed), run in places.items()
-            ],
-            groups=[(run.labels, read_table(run.groups, "groups")) for run in self.final if run.groups is not None],
-            config=self.configuration,
-            versions=self.versions(),
-            benchmarks=None if benchmarks is None else read_benchmarks(benchmarks),
-        )
-
-
-def read_benchmarks(folder: Path) -> pd.DataFrame:
-    """What each job used, in the form of Snakemake's benchmark files: rule, job, wall and processor seconds, and peak resident memory in MB."""
-    rows = []
-    for file in sorted(folder.rglob("*.tsv")):
-        table = pd.read_csv(file, sep="\t", na_values=["-", "NA"])
-        place = file.relative_to(folder)
-        rows.append(
-            {
-                "rule": place.parts[0],
-                "wildcards": "/".join(place.with_suffix("").parts[1:]),
-                "seconds": float(table["s"].iloc[-1]),
-                "cpu_seconds": float(table["cpu_time"].iloc[-1]),
-                "max_rss": float(table["max_rss"].iloc[-1]),
-            }
-        )
-    return pd.DataFrame(rows, columns=["rule", "wildcards", "seconds", "cpu_seconds", "max_rss"])
