@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hope": {"base": "hope"},
     "gram": {"base": "gram"},
     "redirect": {"base": "frequency-pruning", "dropped": "redirect"},
-    "msmoe": {"base": "msmoe", "budget": "uniform"},
+    "msmoe": {"base": "msmoe", "budget": "uniform", "alignment": "weight-dominant"},
     "ream": {"base": "ream"},
     "novice-constant": {"base": "gram", "dropped": "constant"},
     "novice-affine-16": {"base": "gram", "dropped": "affine", "novice_rank": 16},
