@@ -7,6 +7,7 @@ corrected p is below .05 and every seed says the same.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,12 +90,16 @@ def found(results: Path, task: str, experts: int) -> dict[str, dict[int, Path]]:
         for folder in sorted(file.parent for file in seed.rglob("metrics.parquet")):
             parts = folder.relative_to(seed).parts
             method = parts[0].removesuffix("_evaluation")
-            # Rounding alone, and compression alone, keep every expert.
-            if len(parts) > 1 and parts[1] != f"{experts}e" and not method.endswith("-bit") and method != "compression":
+            if len(parts) > 1 and parts[1] != f"{experts}e" and not keeps_all(method):
                 continue
             if costs(folder).is_file():  # of a run that goes on, what is complete
                 made.setdefault(method, {})[number] = folder
     return made
+
+
+def keeps_all(method: str) -> bool:
+    """Rounding alone, and compression alone, keep every expert."""
+    return method == "compression" or re.fullmatch(r"\d+-bit", method) is not None
 
 
 # -- methods -----------------------------------------------------------------------------------------------------
@@ -127,6 +132,33 @@ def rows(folders: Folders) -> Iterable[str]:
         cells += ["" if method == "full" else ", ".join(each), f"{metric['divergence']['value'].mean():.4f}"]
         cells += [f"{metric[name]['value'].mean():.1%}" if name in metric else "" for name in ("agreement", "looping")]
         yield f"| {' | '.join(cells)} |"
+
+
+def overview(by_number: Mapping[int, Folders]) -> Iterable[str]:
+    """Nats a token lost by method, a column for each number of experts, the best in the middle column first."""
+    import pandas as pd
+
+    from mcsmoe.artefacts.tables import read_table
+
+    found: dict[str, dict[int, tuple[float, float, float]]] = {}
+    for number, folders in by_number.items():
+        for method, seeds in folders.items():
+            parts = [read_table(folder / "metrics.parquet", "metrics").set_index("metric") for folder in seeds.values()]
+            lost = pd.DataFrame([part.loc["nats_lost"] for part in parts])
+            half = float((lost["ci_high"] - lost["ci_low"]).max() / 2)
+            found.setdefault(method, {})[number] = float(lost["value"].mean()), half, size(seeds) / 1e6
+    numbers = list(by_number)
+    middle = numbers[len(numbers) // 2]
+    yield f"| nats a token lost, MB | {' | '.join(f'{number} experts' for number in numbers)} |"
+    yield "|---" * (1 + len(numbers)) + "|"
+    worst = (float("inf"),)
+    for method, cells in sorted(found.items(), key=lambda one: one[1].get(middle, worst)):
+        if method == "full":
+            continue
+        told = [f"{cells[n][0]:.4f} ± {cells[n][1]:.4f}, {cells[n][2]:.2f}" if n in cells else "" for n in numbers]
+        if keeps_all(method):
+            told = [told[0], *("the same" for _ in told[1:])]
+        yield f"| `{method}` | {' | '.join(told)} |"
 
 
 def size(seeds: Mapping[int, Path]) -> float:
@@ -203,9 +235,7 @@ def claims_of(folders: Folders, experts: int) -> Iterable[Claim]:
     for name, (one, other) in WORST.items():
         if one in folders and other in folders:
             wanted.append((name, one, other, worst_domain(folders[other])))
-    controls = {
-        method: size(seeds) for method, seeds in folders.items() if method.endswith("-bit") and method not in BYTES
-    }
+    controls = {name: size(seeds) for name, seeds in folders.items() if keeps_all(name) and name != "compression"}
     for method in (method for method in BYTES if method in folders):
         smaller = {name: taken for name, taken in controls.items() if taken <= size(folders[method])}
         if smaller:
@@ -260,6 +290,7 @@ def claims(every: Sequence[Claim]) -> Iterable[str]:
 
 def main(results: Path, task: str, numbers: Sequence[int]) -> None:
     every: list[Claim] = []
+    print("\n".join(overview({experts: found(results, task, experts) for experts in numbers})))
     for experts in numbers:
         folders = found(results, task, experts)
         if "full" not in folders:
