@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_models
@@ -15,10 +18,12 @@ from mcsmoe.calibration.layer_errors import LayerErrors
 from mcsmoe.calibration.layer_major import DomainBatch, Options
 from mcsmoe.checkpoint.lineage import EXPECTED, PROVENANCE, expected_errors
 from mcsmoe.checkpoint.load import load_model
+from mcsmoe.statistics.outputs import OutputSums
+from mcsmoe.transform import expected_error
 from mcsmoe.transform.in_sequence import Texts, reduced_in_sequence
 from mcsmoe.transform.layers import SparseLayer
 from mcsmoe.transform.reduce import Pruning, Reduced, Reduction
-from mcsmoe.transform.refit import Refitting
+from mcsmoe.transform.refit import RefitReport, Refitting
 from mcsmoe.transform.unfinished import Unfinished
 
 BATCHES = [{"input_ids": torch.randint(2, 96, (5, 12), generator=torch.Generator().manual_seed(n))} for n in range(4)]
@@ -87,6 +92,19 @@ def test_a_refit_is_expected_to_lose_what_it_does_on_held_out_tokens(full: Path,
     report = made[first].refit
     assert report is not None
     assert made[first].expected == pytest.approx(report.held_after * scale(full, first), rel=1e-4)
+
+
+def test_a_refit_that_is_not_kept_changes_nothing() -> None:
+    """Closed form: the error on held-out tokens, as a share of what the layer gives, is one of the stream behind it."""
+    outputs = OutputSums.measured(torch.ones(6, 1, 4), torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1), 2)
+    outputs = replace(outputs, stream_square_sum=torch.tensor(48.0, dtype=torch.float64))
+    statistics: Any = SimpleNamespace(outputs=outputs)
+    for kept, error in ((True, 0.1), (False, 0.3)):
+        report = RefitReport(0.2, 0.05, 0.3, 0.1, 0.01, kept)
+        # Six tokens whose outputs have the square 4, before streams whose squares sum to 48.
+        assert expected_error.of_refit(report, "layer", statistics) == pytest.approx(error * 24 / 48)
+        assert expected_error.of_refit(report, "stream", statistics) is None
+        assert expected_error.of_refit(replace(report, shared="mlp.shared"), "layer", statistics) is None
 
 
 def test_where_nothing_tells_it_nothing_is_said(full: Path, tmp_path: Path) -> None:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from mcsmoe import console
 from mcsmoe.workflow import options
 
 EXAMPLE = "python workflow_scripts/cache_teacher.py --model full --train train.parquet --out teacher"
+
+
+def students(text: str) -> list[dict[str, Any]]:
+    """Trainings that learn from the teacher, as JSON."""
+    try:
+        found = json.loads(text)
+        if all({"steps", "epochs", "batch_size"} <= set(one) for one in found):
+            return [dict(one) for one in found]
+    except (ValueError, TypeError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no JSON list of objects with steps, epochs and batch_size")
 
 
 def parse() -> argparse.Namespace:
@@ -18,7 +30,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, required=True, help="training examples")
     parser.add_argument(
         "--students",
-        type=json.loads,
+        type=students,
         help='JSON, steps, epochs and batch_size of each training, such as \'[{"steps": 60, "epochs": 1, "batch_size": 16}]\'; '
         "only the rows that one of them sees are kept; all rows if left out",
     )

@@ -39,4 +39,5 @@ def of_refit(report: RefitReport, target: str, statistics: LayerStatistics) -> f
     outputs = statistics.outputs
     if target == STREAM or report.shared is not None or not report.held_before > 0 or outputs is None:
         return None
-    return report.held_after * float(outputs.layer_square_sum) / energy(statistics)
+    held_out = report.held_after if report.kept else report.held_before
+    return held_out * float(outputs.layer_square_sum) / energy(statistics)
