@@ -112,7 +112,9 @@ def students(wildcards):
     for stage, section in (("recovered", "recover"), ("compressed", "compress")):
         settings = configuration.stage_settings(CONFIG, section, wildcards.task)
         if stage in made:
-            asked.append({key: settings[key] for key in ("steps", "epochs", "batch_size")})
+            asked.append(
+                {key: settings[key] for key in ("steps", "epochs", "batch_size")}
+            )
     return json.dumps(asked)
 
 
