@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fake_results
 import numpy as np
 import pandas as pd
 import pytest
@@ -266,15 +267,31 @@ def test_the_page_of_results_is_printed_from_a_run(tmp_path: Path, capsys: pytes
             for name, one in found
         ]
         write_table(folder / "metrics.parquet", pd.DataFrame(rows), "metrics")
+        costs = fake_results.cost(fake_results.summary(("Language",), ("full",), (8,), (0,)))
+        taken = {"full": 2000, "4-bit": 500}.get(labels["variant"], 1000)
+        write_table(
+            tmp_path / "Language" / "seed0" / f"{checkpoint}_cost" / "cost.parquet",
+            costs.assign(packed_bytes=taken),
+            "cost",
+        )
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
     import language
 
-    language.main(tmp_path, "Language", 8)
+    language.main(tmp_path, "Language", [8])
     printed = capsys.readouterr().out
     order = [line.split("`")[1] for line in printed.splitlines() if line.startswith("| `")]
-    assert order[:4] == ["full", "4-bit", "gram-refit", "gram"]
+    assert order[:7] == [
+        "4-bit",
+        "gram-refit",
+        "gram",
+        "full",
+        "4-bit",
+        "gram-refit",
+        "gram",
+    ]  # the overview, then 8 experts
     assert "| +0.2000 ± 0.0000 |" in printed  # twice as much on code, and the same in every document
     assert "| refit of `gram` | +0.07" in printed
-    assert printed.count("confirmed") == 1
+    assert printed.count("**confirmed**") == 1
+    assert "| `gram-refit` over `4-bit` (0.00 MB, 0.00 MB) | -0.0" in printed
     with pytest.raises(ValueError, match="no evaluation of the full model"):
-        language.main(tmp_path / "none", "Language", 8)
+        language.main(tmp_path / "none", "Language", [8])
