@@ -1,5 +1,5 @@
 # make reproduce   set up and run the main job on the embedded default
-# make check       between two edits: style, types and every test that does not run the workflow
+# make check       between two edits: style, types and every test that takes a moment (nine of ten)
 # make test        everything: make lint and all tests
 # make lint        style, types and generated pages, as both begin
 # make docs        write the generated pages of docs/ anew
@@ -28,7 +28,7 @@ reproduce: $(VENV)/.ready
 	$(RUN) -m snakemake --cores $(CORES) --configfile "$(CONFIG)"
 
 check: lint
-	$(PYTEST) -m "not workflow and not families"
+	$(PYTEST) -m "not workflow and not families and not slow"
 
 test: lint
 	$(PYTEST)

@@ -7,6 +7,7 @@ rule cache_teacher:
         teacher=directory(RUN.teacher),
     log:
         **logs("cache_teacher", "{task}-seed{seed}"),
+    priority: FIRST
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["evaluate"]["threads"]

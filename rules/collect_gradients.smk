@@ -7,6 +7,7 @@ rule collect_gradients:
         gradients=RUN.gradients,
     log:
         **logs("collect_gradients", "{task}-seed{seed}"),
+    priority: FIRST
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["calibration"]["threads"]

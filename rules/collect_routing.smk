@@ -8,6 +8,7 @@ rule collect_routing:
         statistics=RUN.statistics,
     log:
         **logs("collect_routing", "{task}-seed{seed}"),
+    priority: FIRST
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["calibration"]["threads"]

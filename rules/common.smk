@@ -80,13 +80,16 @@ REPORT_FILES = [
         "published/examples.csv",
     )
 ]
-# How jobs are started: a fork of a process that has torch and transformers loaded, where the workflow keeps one; always an
-# interpreter of their own, where they need neither; a fork of a process that has nothing else loaded than what measuring
-# takes; and several processes that train together. As options of the launcher.
+# How jobs are started: a fork of a process that has torch and transformers loaded, where the workflow keeps one; where they
+# need neither, only if it has them already; a fork of a process that has nothing else loaded than what measuring takes;
+# and several processes that train together. As options of the launcher.
 LAUNCH = ""
-FRESH = "--fresh"
+LIGHT = "--light"
 MEASURED = "--measured"
 TOGETHER = LAUNCH if PROCESSES == 1 else f"--processes {PROCESSES}"
+# Priorities: the longest trainings begin as soon as they can, and so does what they wait for, lest one of them is left for
+# the end, with nothing beside it.
+FIRST, LONGEST, LONG = 3, 2, 1
 LAUNCHER = Path(os.path.relpath(f"{workflow.basedir}/mcsmoe/workflow/launch.py"))
 CHECKPOINT = CONFIG["model"]["checkpoint"]
 DENSE_CHECKPOINT = CONFIG["model"]["dense_checkpoint"]

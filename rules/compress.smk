@@ -12,6 +12,7 @@ rule compress:
         selection=RUN.table(own("compressed"), "selection"),
     log:
         **logs("compress", "{task}-seed{seed}-{variant}-{experts}e"),
+    priority: LONGEST
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["compress"]["threads"] * PROCESSES

@@ -14,7 +14,7 @@ rule draw_report:
         mem_mb=2000,
         runtime=30,
     params:
-        **job("draw_report", FRESH),
+        **job("draw_report", LIGHT),
         drawn_with=digest_of(*REPORT_FILES),
         results=lambda wildcards: RESULTS,
         benchmarks=PLACES.benchmarks,

@@ -10,6 +10,7 @@ rule finetune:
         selection=RUN.table("full", "selection"),
     log:
         **logs("finetune", "{task}-seed{seed}"),
+    priority: FIRST
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["finetune"]["threads"] * PROCESSES

@@ -14,7 +14,7 @@ rule generate_data:
         mem_mb=800,
         runtime=30,
     params:
-        **job("generate_data", FRESH),
+        **job("generate_data", LIGHT),
         task=lambda wildcards: TASKS[wildcards.task],
         sources=made_from,
         options=data_options("seed", "train_rows", "validation_rows"),

@@ -7,6 +7,7 @@ rule group:
         groups=RUN.groups("{variant}", "{experts}"),
     log:
         **logs("group", "{task}-seed{seed}-{variant}-{experts}e"),
+    priority: FIRST
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["merge"]["threads"]

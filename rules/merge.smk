@@ -7,6 +7,7 @@ rule merge:
         model=directory(RUN.checkpoint(own("merged"))),
     log:
         **logs("merge", "{task}-seed{seed}-{variant}-{experts}e"),
+    priority: FIRST
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["merge"]["threads"]

@@ -7,6 +7,7 @@ rule permute:
         permutation=RUN.permutation("{how}"),
     log:
         **logs("permute", "{task}-seed{seed}{how}"),
+    priority: FIRST
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["merge"]["threads"]

@@ -15,7 +15,7 @@ rule prepare_data:
         mem_mb=1500,
         runtime=20,
     params:
-        **job("prepare_data", FRESH),
+        **job("prepare_data", LIGHT),
         task=lambda wildcards: TASKS[wildcards.task],
         described=lambda wildcards: digest_of(described_in(TASKS[wildcards.task])),
         source=raw_source,

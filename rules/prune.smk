@@ -17,6 +17,7 @@ rule prune:
         **logs("prune", "{task}-seed{seed}-{variant}-{experts}e"),
     wildcard_constraints:
         variant="|".join(map(re.escape, TASK_SPECIFIC)) or "(?!)",
+    priority: LONGEST
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["finetune"]["threads"] * PROCESSES

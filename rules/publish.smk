@@ -14,7 +14,7 @@ rule publish:
         mem_mb=2000,
         runtime=60,
     params:
-        **job("publish", FRESH),
+        **job("publish", LIGHT),
         store=STORE,
         results=lambda wildcards: RESULTS,
         runs=RUN_LIST,

@@ -11,6 +11,7 @@ rule recover:
         selection=RUN.table(own("recovered"), "selection"),
     log:
         **logs("recover", "{task}-seed{seed}-{variant}-{experts}e"),
+    priority: LONG
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["recover"]["threads"] * PROCESSES

@@ -13,7 +13,7 @@ rule summarise:
         mem_mb=2000,
         runtime=30,
     params:
-        **job("summarise", FRESH),
+        **job("summarise", LIGHT),
         results=lambda wildcards: RESULTS,
         runs=RUN_LIST,
         configuration=CONFIG_JSON,

@@ -13,7 +13,7 @@ rule take_full:
         mem_mb=1000,
         runtime=60,
     params:
-        **job("take_full", FRESH),
+        **job("take_full", LIGHT),
     message:
         "take the checkpoint as the full model of {wildcards.task}, seed {wildcards.seed}"
     shell:

@@ -1,10 +1,15 @@
-"""Shared fixtures: the optional folder of recorded numbers and real data, one thread, and what parallel workers share."""
+"""Shared fixtures: the optional folder of recorded numbers and real data, one thread, and what parallel workers share.
+
+``make check`` leaves out the tests that ``slow.txt`` names. ``pytest --record-slow`` runs one after another what it is given
+and writes that list anew.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +20,61 @@ if TYPE_CHECKING:
     from faults.project import Project
 
 ROOT = Path(__file__).resolve().parents[1]
+SLOW = Path(__file__).with_name("slow.txt")
+QUICK = 0.25  # seconds of processor time, of the processes that a test starts too; the mean over its cases
 
 # Before torch and numpy make their thread pools: sums in one order, and no worker takes the cores of another.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-slow", action="store_true", help="write anew which of the tests that run are slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-slow"):
+        config.pluginmanager.register(Stopwatch())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that run the workflow begin first: they take minutes, and the others fill what time is left on other workers."""
+    slow = set(SLOW.read_text().split())
+    for item in items:
+        if function_of(item) in slow:
+            item.add_marker("slow")
     minutes = {item.path for item in items if item.get_closest_marker("workflow")}
     items.sort(key=lambda item: item.path not in minutes)
+
+
+def function_of(item: pytest.Item) -> str:
+    """File and name of a test, whatever its parameters."""
+    return item.nodeid.partition("[")[0]
+
+
+class Stopwatch:
+    """Takes the processor time of every test, and names the slow ones in ``slow.txt``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.skipped: set[str] = set()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        before = sum(os.times()[:4])
+        result = yield
+        if not any(item.get_closest_marker(minutes) for minutes in ("workflow", "families")):
+            self.seconds[function_of(item)].append(sum(os.times()[:4]) - before)
+        return result
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped:
+            self.skipped.add(report.nodeid.partition("[")[0])
+
+    def pytest_sessionfinish(self) -> None:
+        others = set(SLOW.read_text().split()) - (set(self.seconds) - self.skipped)
+        slow = {name for name, taken in self.seconds.items() if sum(taken) / len(taken) > QUICK}
+        SLOW.write_text("".join(f"{name}\n" for name in sorted(others | slow)))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,17 +163,21 @@ def test_a_job_measures_the_same_memory_whether_it_is_forked_or_a_process_of_its
         f"--task COPA --variant full --experts 6 --stage full --device cpu --repeats 2 --model {folder.name}".split()
     )
     rows = {}
-    for how in ("--fresh", "--measured"):
+    for how, server in (("own", ""), ("forked", os.environ["MCSMOE_FORKSERVER"])):
+        monkeypatch.setenv("MCSMOE_FORKSERVER", server)
         table, usage = tmp_path / f"{how}.parquet", tmp_path / f"{how}.tsv"
-        launch = [sys.executable, str(ROOT / "mcsmoe" / "workflow" / "launch.py"), "--usage", str(usage), how]
+        launch = [sys.executable, str(ROOT / "mcsmoe" / "workflow" / "launch.py"), "--usage", str(usage)]
         script = str(ROOT / "workflow_scripts" / "profile_cost.py")
         done = subprocess.run(
-            [*launch, script, *words, "--table", str(table)], cwd=folder.parent, capture_output=True, text=True
+            [*launch, "--measured", script, *words, "--table", str(table)],
+            cwd=folder.parent,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         rows[how] = {**pd.read_parquet(table).iloc[0], "job": pd.read_csv(usage, sep="\t")["max_rss"].iloc[0] * 2**20}
     forkserver.stop()
-    own, forked = rows["--fresh"], rows["--measured"]
+    own, forked = rows["own"], rows["forked"]
     for column in ("parameters", "flops", "bytes_on_disk"):
         assert own[column] == forked[column]
     # A process of its own differs from another by as much; libraries that were not counted would make tens of percent.

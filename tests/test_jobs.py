@@ -83,6 +83,29 @@ def test_a_job_gets_the_words_folder_environment_and_streams_of_its_launcher(
     assert json.loads(done.stdout) == [*expected, parent_is_loaded(environment)]
 
 
+@linux
+def test_a_light_job_waits_for_no_library_and_takes_those_that_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = script(tmp_path, "import os, sys\nprint('transformers' in sys.modules, 'scipy.stats' in sys.modules)\n")
+    monkeypatch.delenv("MCSMOE_FORKSERVER", raising=False)
+    monkeypatch.setattr(forkserver, "_STARTED", [])  # another one than that of the other tests
+    forkserver.start()
+    try:
+        env = dict(os.environ)
+        for _ in range(2):
+            assert run(job, "--light", "--", env=env).stdout.split() == ["False", "False"]
+        assert psutil.Process(forkserver._STARTED[0].pid).memory_info().rss < 100e6  # nor is anything loaded for it
+        assert run(job, env=env).stdout.split()[0] == "True"
+        deadline = time.monotonic() + 60
+        while (found := run(job, "--light", "--", env=env).stdout.split()) != ["True", "True"]:
+            assert found == ["False", "False"]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    finally:
+        forkserver.stop()
+
+
 @pytest.mark.parametrize(
     ("text", "status"),
     [
@@ -144,7 +167,6 @@ def test_nothing_of_a_job_reaches_the_next(tmp_path: Path, server: str) -> None:
 @pytest.mark.parametrize(
     ("words", "change"),
     [
-        (["--fresh", "--"], {}),
         (["--", "--threads", "2"], {}),
         ([], {"PYTHONPATH": "/elsewhere"}),
         ([], {"HF_HOME": "/elsewhere"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -159,6 +160,23 @@ def test_a_digest_follows_the_modules_a_script_uses() -> None:
     assert not any(name.startswith("mcsmoe/merge") for name in names["finetune"])
     assert "mcsmoe/tracking/store.py" in names["publish"]
     assert sum("mcsmoe/tracking/store.py" in found for found in names.values()) == 1
+
+
+def test_a_digest_sees_every_import_wherever_it_stands() -> None:
+    for file in sorted((ROOT / "mcsmoe").rglob("*.py")) + sorted((ROOT / "workflow_scripts").glob("*.py")):
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        assert provenance._imports(file) == {name for name in found if name.startswith("mcsmoe.")}, file
+
+
+def test_what_is_named_as_slow_is_a_test() -> None:
+    for name in (ROOT / "tests" / "slow.txt").read_text().split():
+        file, _, function = name.partition("::")
+        assert f"\ndef {function}(" in (ROOT / file).read_text(), name
 
 
 def test_mlflow_is_imported_in_one_place_only() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mcsmoe.artefacts.tables import SCHEMAS, frame_of, read_table, write_table
+from mcsmoe.artefacts.tables import SCHEMAS, frame_of, read_table, write_rows, write_table
 from mcsmoe.artefacts.values import VALUES
 from mcsmoe.calibration import evidence
 from mcsmoe.calibration.evidence import Evidence
 from mcsmoe.statistics.routing import RoutingStatistics
 from mcsmoe.types import ExpertWeights, RoutedBatch
 
+ROOT = Path(__file__).resolve().parents[1]
 LAYERS, EXPERTS, WIDTH = ("encoder.1", "decoder.1"), 4, 5
 
 
@@ -118,6 +122,61 @@ def test_a_broken_table_is_refused_by_row_or_column(
     with pytest.raises(ValueError, match=rf"t\.parquet: .*{message}") as refused:
         read_table(file, name)
     assert "\n" not in str(refused.value)
+
+
+COST = {
+    "task": "SST-2",
+    "variant": "full",
+    "experts": 8,
+    "seed": 0,
+    "stage": "full",
+    "device": "cpu",
+    "dtype": "float32",
+    **{
+        name: 2**40 + number
+        for number, name in enumerate(("parameters", "nonzero_parameters", "flops", "packed_bytes"))
+    },
+    **dict.fromkeys(("parameter_bytes", "bytes_on_disk", "resident_memory_bytes", "peak_memory_bytes"), 7),
+    **dict.fromkeys(("flops_per_second", "latency_ms", "latency_spread_ms", "throughput"), 1 / 3),
+    **dict.fromkeys(("generate_latency_ms", "generate_latency_spread_ms", "generate_tokens_per_second"), math.nan),
+    **dict.fromkeys(("batch_size", "input_tokens", "label_tokens", "threads"), 3),
+    "experts_per_layer": [8, 4],
+}
+
+
+def test_rows_are_written_as_a_frame_of_them_is(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.parquet", [COST, COST | {"seed": 1}], "cost")
+    write_table(tmp_path / "frame.parquet", pd.DataFrame([COST, COST | {"seed": 1}]), "cost")
+    rows, frame = pq.read_table(tmp_path / "rows.parquet"), pq.read_table(tmp_path / "frame.parquet")
+    assert rows.equals(frame)
+    assert rows.schema.equals(frame.schema)
+    assert read_table(tmp_path / "rows.parquet", "cost").equals(read_table(tmp_path / "frame.parquet", "cost"))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({**COST, "latency_ms": "soon"}, "latency_ms"),
+        ({**COST, "task": 3}, "task"),
+        ({name: value for name, value in COST.items() if name != "flops"}, r"lacks columns \['flops'\]"),
+        ({**COST, "colour": "red"}, r"unknown columns \['colour'\]"),
+    ],
+)
+def test_rows_of_another_table_are_refused_by_column(row: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        write_rows(tmp_path / "rows.parquet", [row], "cost")
+    assert not (tmp_path / "rows.parquet").exists()
+
+
+def test_a_process_that_writes_rows_stays_without_pandas(tmp_path: Path) -> None:
+    code = (
+        "import json, sys\n"
+        "from mcsmoe.artefacts.tables import write_rows\n"
+        "write_rows(sys.argv[1], [json.loads(sys.argv[2])], 'cost')\n"
+        "assert 'pandas' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "rows.parquet", json.dumps(COST)], check=True, cwd=ROOT)
+    assert len(read_table(tmp_path / "rows.parquet", "cost")) == 1
 
 
 def test_every_table_has_its_rules_and_they_name_its_columns() -> None:

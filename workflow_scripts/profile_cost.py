@@ -46,12 +46,9 @@ def main(arguments: argparse.Namespace) -> None:
     measured = measure_in_this_process(arguments.model, at, repeats, arguments.dense, bits)
 
     # Not before: what the table needs is no part of the memory that is measured.
-    import pandas as pd
+    from mcsmoe.artefacts.tables import write_rows
 
-    from mcsmoe.artefacts.tables import write_table
-
-    row = {**options.labels(arguments, task), **measured}
-    write_table(arguments.table, pd.DataFrame([row]), "cost")
+    write_rows(arguments.table, [{**options.labels(arguments, task), **measured}], "cost")
     console.log.info(
         "%.2f M parameters, %.2f MB on disk, %.1f ms",
         measured["parameters"] / 1e6,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mcsmoe.artefacts.atomic import atomic_file
 from mcsmoe.artefacts.digests import SEAL, UNSEALED, check_seal, seal
 from mcsmoe.artefacts.values import check_values
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def _schema(**columns: tuple[pa.DataType, str]) -> pa.Schema:
@@ -213,6 +218,8 @@ def empty(name: str) -> pd.DataFrame:
 
 def frame_of(rows: Sequence[Mapping[str, Any]], name: str) -> pd.DataFrame:
     """Rows as a frame with the columns of schema ``name``."""
+    import pandas as pd
+
     return pd.DataFrame(list(rows), columns=SCHEMAS[name].names)
 
 
@@ -229,6 +236,31 @@ def write_table(path: str | Path, frame: pd.DataFrame, name: str) -> None:
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{path}: a column of table {name!r} has the wrong type: {error}") from error
     write_parquet(path, table)
+
+
+def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """``write_table`` of numbers, texts and lists of them, row by row, in a process that is to stay without pandas.
+
+    Raises:
+        ValueError: as ``write_table``.
+    """
+    from pyarrow import json as reader
+
+    schema = SCHEMAS[name]
+    for row in rows:
+        _check_columns(list(row), schema, name, path)
+    # By way of JSON, for pyarrow imports pandas before it looks at any object of Python.
+    lines = "".join(json.dumps({key: _or_null(value) for key, value in row.items()}) + "\n" for row in rows)
+    as_told = reader.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
+    try:
+        table = reader.read_json(io.BytesIO(lines.encode()), parse_options=as_told)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: a column of table {name!r} has the wrong type: {error}") from error
+    write_parquet(path, table.select(schema.names))
+
+
+def _or_null(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def write_parquet(path: str | Path, table: pa.Table) -> None:

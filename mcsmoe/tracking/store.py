@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 ARTIFACTS, MARKER = "mlartifacts", "published.json"
 _KEY, _ORIGIN, _DIGEST = "workflow.key", "workflow.origin", "workflow.digest"
-_METRICS_PER_CALL, _VALUES_PER_CALL = 1000, 100  # limits of MLflow's REST interface
+_METRICS_PER_CALL, _VALUES_PER_CALL = 900, 100  # MLflow's REST interface takes 1,000 in all, and 100 parameters
 
 # Read when mlflow is imported. Nothing leaves the machine; a dead server is reported in seconds, not minutes.
 _ENVIRONMENT = {
@@ -289,7 +289,7 @@ def _publish_one(store: _Store, experiment: str, record: RunRecord, old: list[An
 
 
 def _log_run(store: _Store, experiment: str, record: RunRecord, digest: str) -> str:
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Metric, Param
 
     client = store.client
     now = int(time.time() * 1000)
@@ -297,24 +297,24 @@ def _log_run(store: _Store, experiment: str, record: RunRecord, digest: str) -> 
     start = now - int(trained * 1000)  # so that the UI's duration and time axis are those of the training
     tags = flatten(record.tags) | {"task": record.task, "variant": record.variant}
     tags |= {"experts": str(record.experts), "seed": str(record.seed)}
-    tags |= {_KEY: record.key, _ORIGIN: store.origin, "workflow.results": str(store.results)}
+    # The digest tells what a finished run holds; one that was killed before its end never counts as finished.
+    tags |= {_KEY: record.key, _ORIGIN: store.origin, _DIGEST: digest, "workflow.results": str(store.results)}
     tags |= {"mlflow.source.name": "mcsmoe", "mlflow.source.type": "PROJECT"}
     run_id = str(client.create_run(experiment, start_time=start, tags=tags, run_name=record.name).info.run_id)
 
     names = {"task": record.task, "variant": record.variant, "experts": record.experts, "seed": record.seed}
     parameters = [Param(name, text) for name, text in flatten({**names, **record.parameters}).items()]
-    for begin in range(0, len(parameters), _VALUES_PER_CALL):
-        client.log_batch(run_id, params=parameters[begin : begin + _VALUES_PER_CALL])
     metrics = [Metric(name, value, now, 0) for name, value in record.metrics.items() if not math.isnan(value)]
     for stage, curve in record.curves.items():
         metrics += [Metric(*point) for point in points(stage, curve, start)]
         start += int(float(curve["seconds"].sum()) * 1000) if "seconds" in curve else 0
-    for begin in range(0, len(metrics), _METRICS_PER_CALL):
-        client.log_batch(run_id, metrics=metrics[begin : begin + _METRICS_PER_CALL])
+    # A call is a transaction of the store, so both go together as far as they do.
+    while parameters or metrics:
+        client.log_batch(run_id, metrics=metrics[:_METRICS_PER_CALL], params=parameters[:_VALUES_PER_CALL])
+        metrics, parameters = metrics[_METRICS_PER_CALL:], parameters[_VALUES_PER_CALL:]
     with tempfile.TemporaryDirectory(prefix="mcsmoe-publish-") as scratch:
         write_artefacts(record, Path(scratch), store.pictures)
         if any(Path(scratch).iterdir()):
             client.log_artifacts(run_id, scratch)
-    client.log_batch(run_id, tags=[RunTag(_DIGEST, digest)])
     client.set_terminated(run_id, end_time=now)
     return run_id

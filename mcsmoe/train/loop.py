@@ -153,9 +153,9 @@ class Trainer:
             cpu=processes.is_cpu(device), mixed_precision=plan.precision, kwargs_handlers=[unused]
         )
         self.model = model
-        optimizer = torch.optim.AdamW(
-            decay_groups(model, plan.weight_decay), lr=plan.learning_rate, betas=plan.betas, eps=plan.epsilon
-        )
+        # All parameters in one call: the same bits as one by one, which small experts spend most of their step in.
+        groups = decay_groups(model, plan.weight_decay)
+        optimizer = torch.optim.AdamW(groups, plan.learning_rate, plan.betas, plan.epsilon, foreach=True)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.history = _Progress()
         self.best: dict[str, Tensor] = {}
@@ -292,7 +292,8 @@ class Trainer:
         for step in progress(range(start, plan.steps), description, total=plan.steps, initial=start):
             if self.history.stopped:
                 break
-            self.wrapped.train(plan.dropout)
+            if self.wrapped.training != plan.dropout:
+                self.wrapped.train(plan.dropout)
             self.history.rows.append(self._step(step))
             done = step + 1
             # While rows are still being pruned a state is denser than promised: only the final phase may be selected.

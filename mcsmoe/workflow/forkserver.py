@@ -5,8 +5,9 @@ The process starts with the workflow and imports nothing until the first job ask
 standard input is closed, however the workflow ended. It stays in the workflow's process group, so what ends the group ends
 the jobs too.
 
-There are two. One has what most stages import. The other has what measuring a model imports and nothing else, and keeps its
-forks' account of memory as a process of their own would: see ``Resident``.
+There are two. One has what most stages import; a light stage, which needs neither torch nor transformers, is a fork of it too
+once it has loaded everything, and else has an interpreter of its own. The other has what measuring a model imports and
+nothing else, and keeps its forks' account of memory as a process of their own would: see ``Resident``.
 
 A job is watched by a small process of its own: if whoever asked for the job is gone, the job is killed, as it would be below
 a shell that was killed, and if the watcher is gone, the kernel kills the job. Nothing of a job reaches the next one.
@@ -37,13 +38,22 @@ from typing import Any
 MEASURED = "-measured"
 """What the name of the process for jobs that measure themselves ends with."""
 
+COMPLETE = "-complete"
+"""What the second name of the other process ends with, which it takes once it has loaded everything."""
+
 LIBRARIES = [
-    *("torch", "numpy", "pandas", "pyarrow.parquet", "safetensors.torch", "datasets", "scipy.optimize", "scipy.linalg"),
+    *("torch", "numpy", "pandas", "pyarrow.parquet", "safetensors.torch"),
     *("accelerate", "transformers.modeling_utils", "transformers.generation"),
     "transformers.tokenization_utils_tokenizers",
     *("transformers.models.auto.modeling_auto", "transformers.models.switch_transformers.modeling_switch_transformers"),
 ]
 """What most stages import, none of it ours: a job must read the code of the project as it is."""
+
+LIBRARIES_LATER = [
+    *("datasets", "scipy.optimize", "scipy.linalg", "scipy.stats"),
+    *("jinja2", "sqlalchemy.orm", "matplotlib.figure", "matplotlib.backends.backend_svg"),
+]
+"""What some stages import, none of them first: it is loaded while the first job works."""
 
 LIBRARIES_TO_MEASURE = [
     *("torch", "numpy", "safetensors.torch", "psutil", "torch.utils.flop_counter"),
@@ -93,8 +103,23 @@ def load(libraries: list[str]) -> None:
     console.settle_environment(threads=1)
     for name in libraries:
         importlib.import_module(name)
+    keep()
+
+
+def load_later() -> None:
+    """What stages after the first import, and the table of all families' names of tensors, which every loader builds."""
+    for name in LIBRARIES_LATER:
+        importlib.import_module(name)
+    from transformers import conversion_mapping
+
+    conversion_mapping.get_checkpoint_conversion_mapping("")
+    keep()
+
+
+def keep() -> None:
+    """A collection of garbage in a job leaves alone what it shares with this process."""
     gc.collect()
-    gc.freeze()  # a collection in a job then leaves the shared pages alone
+    gc.freeze()
 
 
 class Resident:
@@ -126,19 +151,17 @@ class Resident:
 
 def serve(name: str) -> list[str] | None:
     """Accept jobs until the workflow ends; returns only in a job, with its command line, or at the end, with nothing."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(f"\0{name}")
-    listener.listen(256)
+    listeners = [listen(name)]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the jobs are told by the terminal themselves
     os.write(1, b".")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     measured, loaded, resident = name.endswith(MEASURED), False, None
-    sources: list[Any] = [listener, 0]
     while True:
+        sources: list[Any] = [0, *listeners]
         ready, _, _ = select.select(sources, [], [])
         if 0 in ready:
             return None
-        connection, _ = listener.accept()
+        connection, _ = ready[0].accept()
         _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if user != os.getuid():
             connection.close()
@@ -147,16 +170,27 @@ def serve(name: str) -> list[str] | None:
             load(LIBRARIES_TO_MEASURE if measured else LIBRARIES)
             loaded = True
             resident = Resident() if measured else None
-            if not measured:
-                wake(name + MEASURED)
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are not waited for
         if os.fork() == 0:
-            listener.close()
+            for listener in listeners:
+                listener.close()
             words = watch(connection)
             if resident is not None:
                 resident.touch()
             return words
         connection.close()
+        if not measured and len(listeners) == 1:
+            load_later()
+            wake(name + MEASURED)
+            listeners.append(listen(name + COMPLETE))
+
+
+def listen(name: str) -> socket.socket:
+    """A socket that takes connections under that name, which no file stands for."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(f"\0{name}")
+    listener.listen(256)
+    return listener
 
 
 def wake(name: str) -> None:

@@ -22,22 +22,20 @@ THREADS = "--threads"
 def main() -> int:
     """Parse the command line, run the job, write what it used; the job's own exit status."""
     words = sys.argv[1:]
-    usage, processes, fresh, measured = None, 1, False, False
+    usage, processes, kind = None, 1, ""
     while words and words[0].startswith("-"):
         option = words.pop(0)
         if option in ("-h", "--help"):
             print(
-                "usage: launch.py [--usage FILE] [--processes N] [--fresh | --measured] SCRIPT [OPTION ...]\n\n"
+                "usage: launch.py [--usage FILE] [--processes N] [--light | --measured] SCRIPT [OPTION ...]\n\n"
                 "  --usage FILE    write seconds, processor seconds and peak memory of the job, once it has succeeded\n"
                 "  --processes N   processes that train together\n"
-                "  --fresh         start an interpreter of the job's own, even where a loaded one waits\n"
+                "  --light         the job needs neither torch nor transformers: it waits for no one to load them\n"
                 "  --measured      the job measures itself: the loaded one has what that takes, and nothing else"
             )
             return 0
-        if option == "--fresh":
-            fresh = True
-        elif option == "--measured":
-            measured = True
+        if option in ("--light", "--measured"):
+            kind = option
         elif option == "--usage" and words:
             usage = words.pop(0)
         elif option == "--processes" and words:
@@ -49,8 +47,8 @@ def main() -> int:
     started = time.time()
     server = os.environ.get("MCSMOE_FORKSERVER")
     done = None
-    if server and not fresh and processes == 1 and _threads(words) == 1:
-        done = _forked(f"{server}-measured" if measured else server, words)
+    if server and processes == 1 and _threads(words) == 1:
+        done = _forked(server + {"--light": "-complete", "--measured": "-measured"}.get(kind, ""), words)
     status, processor, memory = done or _own(words, processes)
     if usage and status == 0:
         _write(usage, time.time() - started, processor, memory)

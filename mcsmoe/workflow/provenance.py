@@ -13,6 +13,7 @@ from pathlib import Path
 
 PACKAGE = "mcsmoe"
 ROOT = Path(__file__).resolve().parents[2]
+_BODIES = ("body", "orelse", "finalbody", "handlers", "cases")  # of the statements that hold others
 
 
 def _module_file(module: str) -> Path | None:
@@ -27,7 +28,11 @@ def _module_file(module: str) -> Path | None:
 def _imports(file: Path) -> frozenset[str]:
     """Modules of ours that ``file`` names in an import statement, at the top or inside a function."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(), filename=str(file))):
+    todo: list[ast.AST] = list(ast.parse(file.read_text(), filename=str(file)).body)
+    while todo:
+        node = todo.pop()
+        # Imports are statements, and only statements hold statements: what is inside of expressions is not looked at.
+        todo += [inner for field in _BODIES for inner in getattr(node, field, ())]
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
