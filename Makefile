@@ -17,6 +17,8 @@ RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --maxprocesses 16 --dist loadfile --no-loadscope-reorder
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Hundreds of processes start: without bytecode each would compile the library anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Nothing is sent anywhere by any library used.
 export DO_NOT_TRACK := true
 export MLFLOW_DISABLE_TELEMETRY := true

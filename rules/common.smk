@@ -208,7 +208,8 @@ def take_lock():
 def keep_libraries_loaded():
     """Let the jobs on this machine be forks of one process; not on accelerators, whose drivers a fork cannot share."""
     if DEVICE == "cpu" and not workflow.non_local_exec:
-        forkserver.start()
+        planned = workflow.dag.needrun_jobs()
+        forkserver.start(MEASURED in {job.rule.params.get("launch") for job in planned})
 
 
 def schedule_when_jobs_end():

@@ -84,6 +84,19 @@ def test_a_job_gets_the_words_folder_environment_and_streams_of_its_launcher(
 
 
 @linux
+def test_where_nothing_is_measured_no_process_waits_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = script(tmp_path, "import sys\nprint('transformers' in sys.modules)\n")
+    monkeypatch.delenv("MCSMOE_FORKSERVER", raising=False)
+    monkeypatch.setattr(forkserver, "_STARTED", [])
+    forkserver.start(measured=False)
+    try:
+        assert len(forkserver._STARTED) == 1
+        assert run(job, "--measured", "--", env=dict(os.environ)).stdout == "False\n"
+    finally:
+        forkserver.stop()
+
+
+@linux
 def test_a_light_job_waits_for_no_library_and_takes_those_that_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

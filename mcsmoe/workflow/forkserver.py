@@ -68,17 +68,22 @@ LIBRARIES_TO_MEASURE = [
 _STARTED: list[subprocess.Popen[bytes]] = []
 
 
-def start() -> None:
+def start(measured: bool = True) -> None:
     """Start the processes for the jobs of this workflow and name them to the jobs.
 
     Nothing is started where the system cannot do it, or where ``MCSMOE_FORKSERVER`` is set, and be it to nothing.
+
+    Args:
+        measured: some of the jobs measure themselves.
     """
     if not sys.platform.startswith("linux") or "MCSMOE_FORKSERVER" in os.environ:
         return
     # An abstract name leaves no file behind, however the workflow ends; both sides check whose the other is.
     name = f"mcsmoe-{secrets.token_hex(16)}"
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    started = [subprocess.Popen([sys.executable, __file__, name + end], **pipes) for end in ("", MEASURED)]
+    started = [
+        subprocess.Popen([sys.executable, __file__, name + end], **pipes) for end in ("", MEASURED)[: 1 + measured]
+    ]
     for process in started:
         assert process.stdout is not None
         if process.stdout.read(1):  # it listens; a job that finds nobody there is started by itself
