@@ -1,5 +1,5 @@
 # make reproduce   set up and run the main job on the embedded default
-# make check       between two edits: style, types and every test that takes a moment (nine of ten)
+# make check       between two edits: style, types and every test that takes a moment (six of seven)
 # make test        everything: make lint and all tests
 # make lint        style, types and generated pages, as both begin
 # make docs        write the generated pages of docs/ anew

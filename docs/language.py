@@ -92,9 +92,12 @@ def found(results: Path, task: str, experts: int) -> dict[str, dict[int, Path]]:
             method = parts[0].removesuffix("_evaluation")
             if len(parts) > 1 and parts[1] != f"{experts}e" and not keeps_all(method):
                 continue
-            if costs(folder).is_file():  # of a run that goes on, what is complete
+            if (folder / "predictions.parquet").is_file():
                 made.setdefault(method, {})[number] = folder
-    return made
+    # Of a run that goes on, what is complete: seeds have the same sizes, so one of them tells.
+    return {
+        method: seeds for method, seeds in made.items() if any(costs(folder).is_file() for folder in seeds.values())
+    }
 
 
 def keeps_all(method: str) -> bool:
@@ -165,7 +168,8 @@ def size(seeds: Mapping[int, Path]) -> float:
     """Bytes of a method's weights at 16 bits, rounded ones at theirs."""
     from mcsmoe.artefacts.tables import read_table
 
-    return float(read_table(costs(next(iter(seeds.values()))), "cost")["packed_bytes"].iloc[0])
+    measured = next(file for file in map(costs, seeds.values()) if file.is_file())
+    return float(read_table(measured, "cost")["packed_bytes"].iloc[0])
 
 
 def costs(evaluation: Path) -> Path:
