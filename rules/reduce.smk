@@ -16,6 +16,7 @@ rule reduce:
         **logs("reduce", "{task}-seed{seed}-{variant}-{experts}e"),
     wildcard_constraints:
         variant="|".join(map(re.escape, IN_SEQUENCE)) or "(?!)",
+    priority: FIRST
     conda:
         "../envs/mcsmoe.yaml"
     threads: CONFIG["calibration"]["threads"]

@@ -34,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--record-slow"):
+        if config.getoption("numprocesses", None):
+            raise pytest.UsageError("--record-slow measures one test at a time; leave out -n")
         config.pluginmanager.register(Stopwatch())
 
 

@@ -117,6 +117,41 @@ def test_norms_and_biases_are_not_decayed() -> None:
     assert len(decay_groups(model, 0.1)[0]["params"]) == 1
 
 
+def test_one_call_for_all_parameters_gives_the_bits_of_one_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, one_by_one = small(), small()
+    train(at_once, tmp_path / "at once")
+    monkeypatch.setattr("mcsmoe.train.loop._SMALL", 0)
+    train(one_by_one, tmp_path / "one by one")
+    assert all(torch.equal(tensor, weights(one_by_one)[name]) for name, tensor in weights(at_once).items())
+
+
+class Wrapped(nn.Module):
+    """What several processes train in the place of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, rows: Tensor) -> Any:
+        return self.module(rows)
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_it_trains_on_in_its_own_mode_after_a_selection(tmp_path: Path, dropout: bool, wrapped: bool) -> None:
+    model, modes = small(dropout=0.3), []
+    model.dropout.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    plan = TrainingPlan(**PLAN, select_every=2, dropout=dropout)
+    store = StateStore(tmp_path, "one and the same")
+    trainer = Trainer(model, plan, Squares(), batch, store, select=lambda _: 0.0, selection_metric="x", device="cpu")
+    if wrapped:
+        trainer.wrapped = Wrapped(model)
+    trainer.run("")
+    assert modes == [dropout] * PLAN["steps"]
+
+
 @pytest.mark.parametrize("pieces", [2, 3, 5, 50])
 def test_a_batch_in_pieces_is_the_whole_batch(tmp_path: Path, pieces: int) -> None:
     """Whatever their number, even where the rows cannot be shared out evenly or there are fewer of them."""

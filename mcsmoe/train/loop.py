@@ -27,6 +27,8 @@ from mcsmoe.types import IGNORED, Batch
 
 log = logging.getLogger(__name__)
 
+_SMALL = 2**24  # parameters; a copy of them in float32 is 64 MiB
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -153,9 +155,12 @@ class Trainer:
             cpu=processes.is_cpu(device), mixed_precision=plan.precision, kwargs_handlers=[unused]
         )
         self.model = model
-        # All parameters in one call: the same bits as one by one, which small experts spend most of their step in.
         groups = decay_groups(model, plan.weight_decay)
-        optimizer = torch.optim.AdamW(groups, plan.learning_rate, plan.betas, plan.epsilon, foreach=True)
+        # On a processor torch updates parameters one by one. All in one call is quicker, with the same bits, but holds a
+        # copy of them meanwhile, so only where that is little.
+        small = sum(parameter.numel() for parameter in model.parameters()) < _SMALL
+        at_once = True if small and self.accelerator.device.type == "cpu" else None
+        optimizer = torch.optim.AdamW(groups, plan.learning_rate, plan.betas, plan.epsilon, foreach=at_once)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.history = _Progress()
         self.best: dict[str, Tensor] = {}
@@ -292,7 +297,8 @@ class Trainer:
         for step in progress(range(start, plan.steps), description, total=plan.steps, initial=start):
             if self.history.stopped:
                 break
-            if self.wrapped.training != plan.dropout:
+            # Of the model itself: what wraps it for several processes does not hear that a selection has changed its mode.
+            if self.model.training != plan.dropout:
                 self.wrapped.train(plan.dropout)
             self.history.rows.append(self._step(step))
             done = step + 1
