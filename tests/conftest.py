@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 SLOW = Path(__file__).with_name("slow.txt")
 QUICK = 0.25  # seconds of processor time, of the processes that a test starts too; the mean over its cases
+LOADED: list[subprocess.Popen[bytes]] = []
+"""Processes of which jobs are forks: the session's first process starts them, and the jobs of all its workers use them."""
 
 # Before torch and numpy make their thread pools: sums in one order, and no worker takes the cores of another.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -37,6 +40,17 @@ def pytest_configure(config: pytest.Config) -> None:
         if config.getoption("numprocesses", None):
             raise pytest.UsageError("--record-slow measures one test at a time; leave out -n")
         config.pluginmanager.register(Stopwatch())
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        from faults import loaded
+
+        LOADED.extend(loaded.start())
+
+
+def pytest_unconfigure() -> None:
+    while LOADED:
+        process = LOADED.pop()
+        process.kill()
+        process.wait()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -116,7 +130,7 @@ def finished(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Proj
     from faults.project import Project
 
     def make(folder: Path) -> None:
-        output = Project(folder / "a clone").run("--verbose")
+        output = Project(folder / "a clone", alone=True).run("--verbose")
         assert "MLflow:" in output
         assert "report.html" in output
         # Snakemake looks for jobs to start when one has ended, and not all the time.

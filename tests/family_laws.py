@@ -239,9 +239,10 @@ def _masking(routers: set[int], dropped_E: Tensor) -> Iterator[None]:
 def holds(kind: str, cls: str, folder: Path, build: Callable[[str, str], nn.Module]) -> dict[str, str]:
     """By law ``yes``, or why it is refused; a law that is broken raises."""
     found: dict[str, str] = {}
+    made = build(kind, cls)
     for name, law in LAWS.items():
         try:
-            law(build(kind, cls), folder / name.replace(" ", "-"))
+            law(clone(made), folder / name.replace(" ", "-"))
         except ValueError as error:
             found[name] = str(error)
         else:

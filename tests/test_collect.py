@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from faults import loaded
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -198,7 +199,10 @@ from mcsmoe.cli.main import main
 main(sys.argv[1:])
 """
     words = collect_words(full, out)
-    assert subprocess.run([sys.executable, "-c", code, *words], stderr=subprocess.DEVNULL).returncode == -9
+    script = full.parent / "stopped.py"
+    script.write_text(code)
+    done = subprocess.run([*loaded.LAUNCH, script, *words], stderr=subprocess.DEVNULL)
+    assert done.returncode == 128 + signal.SIGKILL  # as a shell tells it
 
 
 def collect_words(full: Path, out: Path) -> list[str]:

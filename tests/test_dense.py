@@ -69,7 +69,10 @@ def test_a_dense_method_merges_and_compresses_nothing() -> None:
 
 @pytest.mark.workflow
 def test_a_dense_model_goes_through_the_workflow(tmp_path: Path) -> None:
-    project = Project(tmp_path / "a clone", TINY | {"variants": ["full", "dense"]})
+    # Nothing is killed here: no training keeps states to go on from.
+    unkept = {stage: TINY[stage] | {"save_every": 0} for stage in ("pretrain", "finetune")}
+    config = TINY | unkept | {"variants": ["full", "dense"]}
+    project = Project(tmp_path / "a clone", config)
     project.run()
     assert "Nothing to be done" in project.run()
     summary = read_table(project.results / "summary.parquet", "summary").set_index("variant")
@@ -86,7 +89,7 @@ def test_a_dense_model_goes_through_the_workflow(tmp_path: Path) -> None:
 
     # Given as a folder it is taken as it is: the same weights, so the same scores.
     given = TINY["model"] | {"dense_checkpoint": str(base)}
-    again = Project(tmp_path / "another", TINY | {"variants": ["full", "dense"], "model": given})
+    again = Project(tmp_path / "another", config | {"model": given})
     scores = "COPA/seed0/dense/1e/finetuned_evaluation/metrics.parquet"
     again.run(f"results/{scores}")
     assert (again.results / scores).read_bytes() == (project.results / scores).read_bytes()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from faults import loaded
 
 from mcsmoe import methods
 from mcsmoe.cli import main as cli
@@ -272,6 +273,28 @@ def environment(place: Path) -> dict[str, str]:
     return {**kept, "PATH": path, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
 
 
+def forked_programs(folder: Path) -> Path:
+    """A folder with ``mcsmoe`` and ``python``, whose programs are forks of a process that has the libraries loaded.
+
+    Twenty commands would else load them twenty times, which is most of their time. That the installed program starts by itself
+    is seen in ``test_a_plain_install_works_from_any_folder``, and in ``test_jobs`` that a fork is what it would be.
+    """
+    launch = shlex.join(loaded.LAUNCH)
+    installed = shlex.quote(str(Path(sys.executable).with_name("mcsmoe")))
+    programs = {
+        "mcsmoe": f'exec {launch} {installed} "$@"\n',
+        "python": "script=$1; shift\n"
+        f'if [ "$script" = - ]; then script=$(mktemp -p {shlex.quote(str(folder))}); cat > "$script"; fi\n'
+        f'if [ "$script" = -c ]; then script=$(mktemp -p {shlex.quote(str(folder))}); echo "$1" > "$script"; shift; fi\n'
+        f'exec {launch} "$script" "$@"\n',
+    }
+    folder.mkdir()
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}")
+        (folder / name).chmod(0o755)
+    return folder
+
+
 @pytest.mark.workflow
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     place = tmp_path / "a fresh clone"
@@ -287,10 +310,12 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     lines = [line for block in blocks(ROOT / "docs" / "tutorial.md", "sh") for line in block.splitlines()]
     script = "\n".join(line for line in lines if not line.startswith(left_out))
     assert len(lines) - len(script.splitlines()) == 4
+    programs = environment(place)
+    programs["PATH"] = os.pathsep.join([str(forked_programs(tmp_path / "programs")), programs["PATH"]])
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=place,
-        env=environment(place),
+        env=programs,
         capture_output=True,
         text=True,
         check=False,

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mcsmoe.data.sources import load_split
 from mcsmoe.data.tasks import load_task
 from mcsmoe.train.pretrain import build_switch
 from mcsmoe.train.tokenizer import train_tokenizer
-from mcsmoe.workflow import forkserver, options
+from mcsmoe.workflow import options
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -149,15 +149,10 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     made = Place(tmp_path_factory.mktemp("stages"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MCSMOE_FORKSERVER", raising=False)
-        patch.setenv("PYTHONPATH", str(ROOT))  # as the stages have it: a fork is of its like only
-        forkserver.start()
-        everything(made)
-        yield made
-        forkserver.stop()
+    everything(made)
+    return made
 
 
 def everything(made: Place) -> None:
@@ -258,7 +253,7 @@ def test_a_split_is_tokenised_once(place: Place) -> None:
 def test_two_killed_processes_end_with_their_launcher_and_resume_to_the_same(place: Place) -> None:
     settings = {"steps": 40, "save_every": 2, "balance_weight": 0.05}
     whole, killed = (place.training(name, "base", **settings) for name in ("whole", "killed"))
-    place.run(2, "finetune", *whole)
+    place.run_forked("finetune", *whole)
     state = place.folder / "killed" / "state"
     with (place.folder / "killed.txt").open("w") as shown:
         process = subprocess.Popen(
@@ -277,7 +272,7 @@ def test_two_killed_processes_end_with_their_launcher_and_resume_to_the_same(pla
         time.sleep(0.05)
     assert not any(is_running(worker) for worker in workers)
     assert not (place.folder / "killed" / "model").exists()
-    place.run(2, "finetune", *killed)
+    place.run_forked("finetune", *killed)
     assert "resuming after step" in (place.folder / "killed" / "log").read_text()
     for name in ("whole", "killed"):
         assert not (place.folder / name / "state").exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 PACKAGE = "mcsmoe"
@@ -41,23 +42,22 @@ def _imports(file: Path) -> frozenset[str]:
     return frozenset(name for name in found if name.startswith(f"{PACKAGE}."))
 
 
+@cache
+def _files(file: Path) -> frozenset[Path]:
+    """Files of ours that the import statements of ``file`` run: the modules they name, and the packages these lie in."""
+    names = {name for module in _imports(file) for name in accumulate(module.split("."), "{}.{}".format)}
+    return frozenset(target for name in names - {PACKAGE} if (target := _module_file(name)) is not None)
+
+
 def modules_used(script: str | Path) -> list[Path]:
     """Files of ours that ``script`` reaches through imports, itself included, sorted.
 
     The package's own ``__init__`` is only a facade for users and is never counted; those of sub-packages are.
     """
-    todo, seen = [Path(script).resolve()], set()
+    todo, seen = {Path(script).resolve()}, set[Path]()
     while todo:
-        file = todo.pop()
-        if file in seen:
-            continue
-        seen.add(file)
-        for module in _imports(file):
-            parts = module.split(".")
-            for end in range(2, len(parts) + 1):
-                target = _module_file(".".join(parts[:end]))
-                if target is not None:
-                    todo.append(target)
+        seen |= todo
+        todo = set[Path]().union(*(_files(file) for file in todo)) - seen
     return sorted(seen)
 
 

@@ -104,7 +104,7 @@ class Harness:
 
     def reference(self) -> Project:
         """An undisturbed run."""
-        project = Project(self.work / "reference")
+        project = Project(self.work / "reference", alone=True)
         if not (self.work / "reference" / "done.json").is_file():
             shutil.rmtree(project.results, ignore_errors=True)
             found = self.session(project, None)
@@ -140,7 +140,7 @@ class Harness:
     def one(self, reference: Project, enough: bool, aim: str | None, takes: float) -> None:
         """One start: killed at a random moment (of stage ``aim``, which takes so many seconds), or run to the end."""
         number = len(self.records)
-        project = Project(self.work / f"round-{len(self.rounds)}")
+        project = Project(self.work / f"round-{len(self.rounds)}", alone=True)
         draw = np.random.default_rng((self.arguments.seed, number))
         moment = (
             draw.uniform(0.0, min(takes, self.arguments.latest))

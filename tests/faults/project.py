@@ -23,6 +23,8 @@ import yaml
 from mcsmoe.artefacts.digests import check_seal, check_sums
 from mcsmoe.artefacts.tables import MEASURED
 
+from . import loaded
+
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ["Snakefile", "mcsmoe", "rules", "workflow_scripts", "profiles", "envs", "config.yaml"]
 TINY: dict[str, Any] = yaml.safe_load((ROOT / "tests" / "tiny_workflow.yaml").read_text())
@@ -49,17 +51,22 @@ IGNORED_COLUMNS = dict.fromkeys(MEASURED, "measured by a clock or a scale")
 
 
 class Project:
-    """A copy of the project in a folder with a space in its name, with a configuration of its own."""
+    """A copy of the project in a folder with a space in its name, with a configuration of its own.
 
-    def __init__(self, place: Path, config: dict[str, Any] | None = None) -> None:
+    ``alone``: its workflow starts its own processes with the libraries loaded, as users' do, and not those of the tests.
+    """
+
+    def __init__(self, place: Path, config: dict[str, Any] | None = None, alone: bool = False) -> None:
         self.place = place
+        self.left_out = {"MLFLOW_TRACKING_URI", *(["MCSMOE_FORKSERVER"] if alone else [])}
         if (place / "Snakefile").is_file():
             return
         place.mkdir(parents=True, exist_ok=True)
         for part in PARTS:
             source = ROOT / part
             if source.is_dir():
-                shutil.copytree(source, place / part, ignore=shutil.ignore_patterns("__pycache__"))
+                # With what is compiled, and the times it is valid for.
+                shutil.copytree(source, place / part)
             else:
                 shutil.copy(source, place / part)
         self.configure(config or TINY)
@@ -73,8 +80,9 @@ class Project:
 
     def start(self, *arguments: str, output: Any = subprocess.PIPE) -> subprocess.Popen[str]:
         """Start the workflow as the leader of a session of its own."""
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
-        environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+        program = loaded.PLAN if "--dry-run" in arguments else [sys.executable, "-m", "snakemake"]
+        command = [*program, "--cores", "2", *arguments]
+        environment = {key: value for key, value in os.environ.items() if key not in self.left_out}
         return subprocess.Popen(
             command,
             cwd=self.place,
