@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from faults import loaded
 
 from mcsmoe import methods
 from mcsmoe.data.tasks import load_task
@@ -28,7 +29,7 @@ PAPER = ("paper", "paper_compat", "ablations")
 NEEDS_FILES = ("sst2", "real", "methods")
 SHARED = Path(os.environ.get("MCSMOE_SHARED", ROOT.parent / "shared")).resolve()
 
-# In a module that Python imports at start: whatever reaches for a network fails.
+# Before Snakemake in a process that may be a fork, and in a module that every other Python imports at start.
 NO_NETWORK = """
 import socket
 def refuse(self, address):
@@ -39,19 +40,27 @@ def unknown(host, *rest, **options):
     raise OSError(f"a dry run asked for the address of {host}")
 socket.getaddrinfo = unknown
 """
+PLAN = f"{NO_NETWORK}\nimport sys\nfrom snakemake.cli import main\nsys.exit(main())\n"
+PROGRAMS = ("sitecustomize.py", "plan.py", "reach.py")
+REACH = f"{NO_NETWORK}\nsocket.create_connection(('huggingface.co', 443))\n"
 
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder without results, and a start-up module that cuts the network."""
+    """A folder without results, with a program that plans and cannot reach the network."""
     folder = tmp_path_factory.mktemp("dry runs")
     (folder / "sitecustomize.py").write_text(NO_NETWORK)
-    reach = [sys.executable, "-c", "import socket; socket.create_connection(('huggingface.co', 443))"]
-    cut = subprocess.run(
-        reach, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True, check=False
-    )
-    assert "a dry run asked for the address of huggingface.co" in cut.stderr
+    (folder / "plan.py").write_text(PLAN)
+    (folder / "reach.py").write_text(REACH)
+    started = [sys.executable, "-c", "import socket; socket.create_connection(('huggingface.co', 443))"]
+    for program in (started, [*loaded.LAUNCH, "--light", folder / "reach.py"]):
+        cut = subprocess.run(program, env=without_network(folder), capture_output=True, text=True, check=False)
+        assert "a dry run asked for the address of huggingface.co" in cut.stderr
     return folder
+
+
+def without_network(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(folder), "MCSMOE_SHARED": str(SHARED)}
 
 
 @cache
@@ -59,11 +68,12 @@ def dry_run(name: str, folder: Path, *settings: str) -> str:
     """Output of a dry run in ``folder``, where nothing has been made."""
     if name in NEEDS_FILES and not (SHARED / "data").is_dir():
         pytest.skip(f"MCSMOE_SHARED names no folder with data: {SHARED}")
-    command = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder]
+    command = [*loaded.LAUNCH, "--light", folder / "plan.py", "--snakefile", ROOT / "Snakefile", "--directory", folder]
     command += ["--configfile", FILES[name], "--cores", "2", "--dry-run", "--printshellcmds"]
     command += ["--config", *settings] if settings else []
-    environment = {**os.environ, "PYTHONPATH": str(folder), "MCSMOE_SHARED": str(SHARED)}
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*map(str, command)], env=without_network(folder), capture_output=True, text=True, check=False
+    )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-3000:]
     return output
@@ -112,7 +122,7 @@ def test_the_documented_jobs_are_those_of_the_dry_run(name: str, empty: Path) ->
     assert found == documented()[name]
     assert found["total"] == sum(number for rule, number in found.items() if rule != "total")
     made = [path for path in empty.rglob("*") if path.is_file() and ".snakemake" not in path.parts]
-    assert {path.name for path in made if path.suffix != ".pyc"} <= {"sitecustomize.py", ".lock"}
+    assert {path.name for path in made if path.suffix != ".pyc"} <= {*PROGRAMS, ".lock"}
 
 
 @pytest.mark.workflow
