@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import cache
 from typing import Any
 
 import torch
@@ -142,6 +143,7 @@ _OWN: dict[str, dict[str, Any]] = {
 UNLOADABLE = ("nemo_speechlm",)
 
 
+@cache
 def every_type() -> dict[str, str]:
     """Model class by model type, of every type whose configuration names a number of experts."""
     from transformers.models.auto import modeling_auto

@@ -7,11 +7,13 @@ random number is drawn for every row (dropout), two processes draw others than o
 from __future__ import annotations
 
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import two_processes
+from faults import loaded
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -44,7 +46,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(two_processes.everything, args=(folder, port), nprocs=2)
+    program = [*loaded.LAUNCH, two_processes.__file__]
+    started = [
+        subprocess.Popen([*program, str(rank), str(folder), str(port)], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    shown = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(shown)[-4000:]
     alone = folder / "one"
     alone.mkdir()
     two_processes.plain(alone, "plain")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,7 @@ def everything(rank: int, folder: Path, port: int) -> None:
     refused(folder, "few", lambda: few.run("test"))
     tokens(folder)
     processes.end()
+
+
+if __name__ == "__main__":
+    everything(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
