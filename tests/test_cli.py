@@ -260,11 +260,12 @@ def test_help_is_quick_and_has_an_example() -> None:
         assert "example:" in done.stdout
 
 
-def test_the_package_is_a_command_too() -> None:
-    done = subprocess.run([sys.executable, "-m", "mcsmoe", "--help"], capture_output=True, text=True, check=True)
-    for name, command in cli.commands().items():
-        assert name in done.stdout
-        assert command.HELP.splitlines()[0].split()[0] in done.stdout
+def test_the_package_and_the_installed_program_are_commands() -> None:
+    for program in ([sys.executable, "-m", "mcsmoe"], [Path(sys.executable).with_name("mcsmoe")]):
+        done = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True)
+        for name, command in cli.commands().items():
+            assert name in done.stdout
+            assert command.HELP.splitlines()[0].split()[0] in done.stdout
 
 
 # -- memory ------------------------------------------------------------------------------------------------------

@@ -276,8 +276,9 @@ def environment(place: Path) -> dict[str, str]:
 def forked_programs(folder: Path) -> Path:
     """A folder with ``mcsmoe`` and ``python``, whose programs are forks of a process that has the libraries loaded.
 
-    Twenty commands would else load them twenty times, which is most of their time. That the installed program starts by itself
-    is seen in ``test_a_plain_install_works_from_any_folder``, and in ``test_jobs`` that a fork is what it would be.
+    Twenty commands would else load them twenty times, which is most of their time. That commands and stages start by themselves
+    is seen in ``test_cli``, ``test_compat`` and ``test_a_plain_install_works_from_any_folder``, and in ``test_jobs`` that a fork
+    is what they would be.
     """
     launch = shlex.join(loaded.LAUNCH)
     installed = shlex.quote(str(Path(sys.executable).with_name("mcsmoe")))

@@ -14,12 +14,12 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from faults import loaded
 
 from mcsmoe.workflow import forkserver
 
 pytestmark = pytest.mark.workflow
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH = [sys.executable, "-S", "-E", str(ROOT / "mcsmoe" / "workflow" / "launch.py")]
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="jobs are forked on Linux only")
 
@@ -47,7 +47,7 @@ def environment(request: pytest.FixtureRequest) -> dict[str, str]:
 
 
 def run(script: Path | str, *words: str, env: dict[str, str], **more: object) -> subprocess.CompletedProcess[str]:
-    command = [*LAUNCH, *words[: words.index("--") if "--" in words else 0], str(script)]
+    command = [*loaded.LAUNCH, *words[: words.index("--") if "--" in words else 0], str(script)]
     command += words[words.index("--") + 1 if "--" in words else 0 :]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, **more)  # type: ignore[call-overload, no-any-return]
 
@@ -200,7 +200,7 @@ def waiting_job(tmp_path: Path, server: str) -> tuple[subprocess.Popen[bytes], p
     job = script(tmp_path, "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(300)")
     told = tmp_path / "pid"
     launcher = subprocess.Popen(
-        [*LAUNCH, str(job), str(told)], env=os.environ | {"MCSMOE_FORKSERVER": server}, start_new_session=True
+        [*loaded.LAUNCH, str(job), str(told)], env=os.environ | {"MCSMOE_FORKSERVER": server}, start_new_session=True
     )
     until(lambda: told.is_file() and told.read_text() != "")
     return launcher, psutil.Process(int(told.read_text()))

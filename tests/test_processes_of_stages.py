@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from faults import loaded
 from safetensors.torch import load_file
 from test_processes import LOSSES, WEIGHTS, largest_difference
 from torch import Tensor
@@ -66,14 +66,7 @@ class Place:
         save_model(build_switch(ARCHITECTURE, len(tokenizer), 0), folder / "base", tokenizer)
 
     def command(self, processes: int, script: str, *arguments: str) -> list[str]:
-        launch = [
-            sys.executable,
-            "-S",
-            "-E",
-            str(ROOT / "mcsmoe" / "workflow" / "launch.py"),
-            "--processes",
-            str(processes),
-        ]
+        launch = [*loaded.LAUNCH, "--processes", str(processes)]
         return [*launch, str(ROOT / "workflow_scripts" / f"{script}.py"), *map(str, arguments)]
 
     def run_forked(self, script: str, *arguments: str) -> None:

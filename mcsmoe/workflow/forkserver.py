@@ -80,15 +80,18 @@ def start(measured: bool = True) -> None:
         return
     # An abstract name leaves no file behind, however the workflow ends; both sides check whose the other is.
     name = f"mcsmoe-{secrets.token_hex(16)}"
+    if started := listening(name, measured):  # a job that finds nobody there is started by itself
+        _STARTED.extend(started)
+        os.environ["MCSMOE_FORKSERVER"] = name
+
+
+def listening(name: str, measured: bool, program: str = __file__) -> list[subprocess.Popen[bytes]]:
+    """The processes that ``program`` runs as, those that listen under ``name`` by now; they end with this one."""
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     started = [
-        subprocess.Popen([sys.executable, __file__, name + end], **pipes) for end in ("", MEASURED)[: 1 + measured]
+        subprocess.Popen([sys.executable, program, name + end], **pipes) for end in ("", MEASURED)[: 1 + measured]
     ]
-    for process in started:
-        assert process.stdout is not None
-        if process.stdout.read(1):  # it listens; a job that finds nobody there is started by itself
-            _STARTED.append(process)
-            os.environ["MCSMOE_FORKSERVER"] = name
+    return [process for process in started if process.stdout is not None and process.stdout.read(1)]
 
 
 def stop() -> None:

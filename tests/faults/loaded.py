@@ -54,13 +54,9 @@ def start() -> list[subprocess.Popen[bytes]]:
     """
     if not sys.platform.startswith("linux") or NAME in os.environ:
         return []
-    name = f"mcsmoe-tests-{secrets.token_hex(16)}"
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    started = [subprocess.Popen([sys.executable, __file__, name + end], **pipes) for end in ("", forkserver.MEASURED)]
-    for process in started:
-        assert process.stdout is not None
-        assert process.stdout.read(1), "a process for the jobs of all workflows did not start"
-    os.environ[NAME] = name
+    os.environ[NAME] = name = f"mcsmoe-tests-{secrets.token_hex(16)}"
+    started = forkserver.listening(name, measured=True, program=__file__)
+    assert len(started) == 2, "the processes for the jobs of all workflows did not start"
     return started
 
 
