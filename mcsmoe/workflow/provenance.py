@@ -25,7 +25,6 @@ def _module_file(module: str) -> Path | None:
     return None
 
 
-@cache
 def _imports(file: Path) -> frozenset[str]:
     """Modules of ours that ``file`` names in an import statement, at the top or inside a function."""
     found: set[str] = set()
