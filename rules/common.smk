@@ -55,6 +55,7 @@ try:
     CONFIG = configuration.complete(config)
     METHODS = compared_methods.resolve(CONFIG)
     TASKS = names_by_task(CONFIG["tasks"])
+    LANGUAGE = {name for name, spec in TASKS.items() if is_language(spec)}
     STORE = store_name(CONFIG["results"])
 except ValueError as error:
     raise WorkflowError(f"configuration: {error}")

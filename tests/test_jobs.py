@@ -127,6 +127,7 @@ def test_a_light_job_waits_for_no_library_and_takes_those_that_are_loaded(
         ("raise SystemExit('in words')", 1),
         ("raise ValueError('in words')", 1),
         ("import atexit\natexit.register(lambda: __import__('sys').stderr.write('in words'))", 0),
+        ("import weakref, sys\nweakref.finalize(sys, sys.stderr.write, 'in words')", 0),
         (
             "import sys, threading, time\n"
             "threading.Thread(target=lambda: (time.sleep(0.5), sys.stderr.write('in words'))).start()",

@@ -17,6 +17,10 @@ from mcsmoe.checkpoint.skeleton import fill_buffers
 from mcsmoe.checkpoint.streaming import Streamed
 
 
+_FEW = 50_000
+"""Objects that the collector is through within some milliseconds: no reason to freeze any."""
+
+
 def give_back_memory() -> None:
     """Return freed memory to the system, where the C library can: it keeps what it may need again."""
     with suppress(OSError, AttributeError):
@@ -131,9 +135,10 @@ class Residency:
 def _left_alone() -> Iterator[None]:
     """The collector, which runs after every block, does not look through all that the libraries made, again and again.
 
-    A process that has frozen its objects itself is left as it is.
+    A process that has frozen its objects itself is left as it is: little is left to look through then. What is frozen is
+    only counted where that does not say so, since a count goes from object to object, some hundredths of a second of them.
     """
-    if gc.get_freeze_count():
+    if len(gc.get_objects(generation=2)) < _FEW or gc.get_freeze_count():
         yield
         return
     gc.collect()

@@ -32,6 +32,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,15 @@ def load_later() -> None:
 
 
 def keep() -> None:
-    """A collection of garbage in a job leaves alone what it shares with this process."""
+    """A job leaves alone what it shares with this process: in a collection of garbage, and at its end.
+
+    Libraries take themselves apart when an interpreter ends (torch all its operators, a tenth of a second); of a fork nothing
+    is left anyway, and what the job itself makes is cleared away as ever.
+    """
     gc.collect()
     gc.freeze()
+    for finalizer in tuple(getattr(weakref.finalize, "_registry", ())):
+        finalizer.atexit = False
 
 
 class Resident:

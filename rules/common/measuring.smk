@@ -56,7 +56,7 @@ def mixture_of(wildcards):
 
 def evaluation_reference(wildcards):
     """The full model, which a model that predicts texts is compared with."""
-    if not is_language(TASKS[wildcards.task]):
+    if wildcards.task not in LANGUAGE:
         return {}
     return {"reference": PLACES.run(wildcards.task, wildcards.seed).full}
 
