@@ -277,7 +277,8 @@ def worst_domain(seeds: Mapping[int, Path]) -> str:
 def verdict(claim: Claim, p_value: float) -> str:
     """What may be said of it."""
     less = -claim.made.difference
-    if p_value >= _LEVEL or any((value > 0) != (less > 0) for value in claim.by_seed):
+    # A model on which both choose the same, and lose the same, says neither.
+    if p_value >= _LEVEL or any(value * less <= 0 for value in claim.by_seed):
         return "not decided"
     return "confirmed" if less > 0 else "refuted"
 

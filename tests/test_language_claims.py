@@ -65,6 +65,8 @@ def test_the_correction_is_holms() -> None:
         ([0.1, 0.1, 0.1], 0.01, "confirmed"),
         ([-0.1, -0.1, -0.1], 0.01, "refuted"),
         ([0.3, 0.1, -0.05], 0.01, "not decided"),
+        ([0.3, 0.1, 0.0], 0.0, "not decided"),  # both chose the same on one model, which says neither
+        ([-0.3, -0.1, 0.0], 0.0, "not decided"),
     ],
 )
 def test_a_claim_stands_where_every_seed_says_the_same(

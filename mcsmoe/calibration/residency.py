@@ -16,7 +16,6 @@ from mcsmoe.checkpoint.mapped import MappedFolder
 from mcsmoe.checkpoint.skeleton import fill_buffers
 from mcsmoe.checkpoint.streaming import Streamed
 
-
 _FEW = 50_000
 """Objects that the collector is through within some milliseconds: no reason to freeze any."""
 
