@@ -224,7 +224,7 @@ def test_layers_for_prediction_are_kept_where_they_fit_and_named_where_not(
     assert config_of(tmp_path / "dense")["num_nextn_predict_layers"] == 1
     caplog.clear()
     source = Streamed(tmp_path / "merged")
-    source.prediction = "drop"
+    source.keeps_prediction = False
     stock(source, tmp_path / "stock", text(), fold="mean")
     assert held(tmp_path / "stock") == 0
     assert config_of(tmp_path / "stock")["num_nextn_predict_layers"] == 0

@@ -44,7 +44,7 @@ class Streamed:
         model: structure; weights are there only where ``load`` brought them in.
         adapter: of the model's family.
         specs: structure of every merged or compressed layer; empty for a stock checkpoint.
-        prediction: what becomes of layers for multi-token prediction in results: ``keep`` or ``drop``.
+        keeps_prediction: whether results keep layers for multi-token prediction.
 
     Raises:
         ValueError: not a checkpoint, or one with a file that is truncated, altered or foreign; names it.
@@ -52,7 +52,7 @@ class Streamed:
 
     def __init__(self, path: str | Path) -> None:
         self.folder = resolve(path)
-        self.prediction = "keep"
+        self.keeps_prediction = True
         check_sums(self.folder, lambda name: not name.endswith(".safetensors"))
         self.config = compact.read_config(self.folder)
         self.compact = compact.SECTION in self.config
@@ -341,7 +341,7 @@ class Streamed:
     def keep_unplaced(self, config: dict[str, Any]) -> tuple[Kept, dict[str, Any]]:
         """What has no place in the model and goes into a result all the same, and the result's ``config`` made true of it.
 
-        Layers for multi-token prediction get as many experts as the others have, unless ``prediction`` is ``drop``.
+        Layers for multi-token prediction get as many experts as the others have, unless ``keeps_prediction`` is off.
         """
         return keep(
             self.folder,
@@ -350,7 +350,7 @@ class Streamed:
             self.model.config,
             sets=self.adapter.expert_sets(self.model, self.layers[0]),
             read=self.tensors.read,
-            drop=self.prediction == "drop",
+            drop=not self.keeps_prediction,
         )
 
     def overwrite(self, tensors: Mapping[str, Tensor]) -> None:

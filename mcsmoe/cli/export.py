@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     from mcsmoe.export.recovery import RouterRecovery
 
     source = Streamed(arguments.model)
-    source.prediction = arguments.mtp
+    source.keeps_prediction = arguments.mtp == "keep"
     if arguments.form == "exact":
         exact(source, arguments.out)
         copy_groups(source.folder, arguments.out)

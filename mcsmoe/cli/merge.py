@@ -115,7 +115,7 @@ def _reduce(arguments: argparse.Namespace) -> None:
     merging = record(Merging, arguments, merge=arguments.method)
     refitting = options.refitting(arguments)
     source = Streamed(arguments.model)
-    source.prediction = arguments.mtp
+    source.keeps_prediction = arguments.mtp == "keep"
     _reduce.check_whole(source)
     arguments.remove = None
     drops = (MERGES | MERGES_ON_TOKENS)[arguments.method].drops
@@ -151,7 +151,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     grouping = record(GroupSettings, arguments, merge=method)
     merging = record(MergeSettings, arguments, merge=method)
     source = Streamed(arguments.model)
-    source.prediction = arguments.mtp
+    source.keeps_prediction = arguments.mtp == "keep"
     grouping.check(CheckpointLayers(source))
     if source.compact:
         raise ValueError(f"{source.folder}: is compressed already; merge first, then compress")

@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--dropped {arguments.dropped} is fitted to tokens: give --calibration FILE, not --statistics alone"
         )
     source = Streamed(arguments.model)
-    source.prediction = arguments.mtp
+    source.keeps_prediction = arguments.mtp == "keep"
     _reduce.check_whole(source)
     deletes = arguments.dropped == "delete"
     if sized:
