@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from mcsmoe.console import parser, progress, run  # noqa: E402
 from mcsmoe.workflow import forkserver  # noqa: E402
 
-LAUNCH = [sys.executable, "-S", "-E", str(ROOT / "mcsmoe" / "jobs" / "launch.py")]
+LAUNCH = [sys.executable, "-S", "-E", str(ROOT / "mcsmoe" / "workflow" / "launch.py")]
 EMPTY = """
 from mcsmoe import console
 from mcsmoe.adapters.registry import adapter_for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -167,6 +168,14 @@ def test_what_a_job_used_is_what_it_did(tmp_path: Path, environment: dict[str, s
 
 
 @linux
+def test_the_benchmark_of_overheads_starts_jobs_as_the_workflow_does(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    wall, processor = runpy.run_path(str(ROOT / "benchmarks" / "overhead.py"))["job"](script(tmp_path, ""), environment)
+    assert 0 < wall < 60
+    assert 0 < processor < 60
+
+
 def test_nothing_of_a_job_reaches_the_next(tmp_path: Path, server: str) -> None:
     env = os.environ | {"MCSMOE_FORKSERVER": server}
     spoil = "import os, random, torch\nos.environ['SPOILT'] = '1'\nos.chdir('/')\ntorch.spoilt = True\ntorch.manual_seed(7)\n"
