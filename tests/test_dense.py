@@ -71,6 +71,7 @@ def test_a_dense_method_merges_and_compresses_nothing() -> None:
 def test_a_dense_model_goes_through_the_workflow(tmp_path: Path) -> None:
     # Nothing is killed here: no training keeps states to go on from.
     unkept = {stage: TINY[stage] | {"save_every": 0} for stage in ("pretrain", "finetune")}
+    unkept["pretrain"] |= {"corpus": "synthetic"}  # as the embedded default, where the tiny workflow has its own rows
     config = TINY | unkept | {"variants": ["full", "dense"]}
     project = Project(tmp_path / "a clone", config)
     project.run()

@@ -167,7 +167,6 @@ def test_what_a_job_used_is_what_it_did(tmp_path: Path, environment: dict[str, s
     assert row["mean_load"] == pytest.approx(100 * row["cpu_time"] / row["s"], abs=2)
 
 
-@linux
 def test_the_benchmark_of_overheads_starts_jobs_as_the_workflow_does(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -176,6 +175,7 @@ def test_the_benchmark_of_overheads_starts_jobs_as_the_workflow_does(
     assert 0 < processor < 60
 
 
+@linux
 def test_nothing_of_a_job_reaches_the_next(tmp_path: Path, server: str) -> None:
     env = os.environ | {"MCSMOE_FORKSERVER": server}
     spoil = "import os, random, torch\nos.environ['SPOILT'] = '1'\nos.chdir('/')\ntorch.spoilt = True\ntorch.manual_seed(7)\n"

@@ -134,8 +134,8 @@ class Residency:
 def _left_alone() -> Iterator[None]:
     """The collector, which runs after every block, does not look through all that the libraries made, again and again.
 
-    A process that has frozen its objects itself is left as it is: little is left to look through then. What is frozen is
-    only counted where that does not say so, since a count goes from object to object, some hundredths of a second of them.
+    A process that has frozen its objects itself is left as it is. That little is left to look through says so, too, and at
+    once: to count what is frozen takes some hundredths of a second, at every pass.
     """
     if len(gc.get_objects(generation=2)) < _FEW or gc.get_freeze_count():
         yield
